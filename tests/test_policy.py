@@ -1,0 +1,253 @@
+"""Sampling and log-probabilities: masks, stops, padding, precision and the distribution itself.
+
+pitfalls 1 to 12, 14, 25, 40 and 44.
+"""
+
+import json
+
+import pytest
+import torch
+from tiny import (
+    all_completions,
+    as_batch,
+    exact_logprobs,
+    float64,
+    gpt2_config,
+    llama_config,
+    make_policy,
+    make_tokenizer,
+    save_policy,
+    save_reward_model,
+)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+
+import nano_rl.reinforce as reinforce
+
+CPU = torch.device("cpu")
+
+
+def make_examples(*prompts: list[int]) -> list[dict]:
+    return [{"prompt": "", "prompt_ids": prompt} for prompt in prompts]
+
+
+def make_sampler(config, tokenizer=None, seed: int = 0, double: bool = False, **args):
+    policy = make_policy(config, seed)
+    sampler = reinforce.make_sampler(policy, tokenizer or make_tokenizer(), reinforce.Args(**args))
+    return policy, float64(sampler) if double else sampler
+
+
+@pytest.mark.parametrize("config", [llama_config, gpt2_config])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_those_of_stepwise_generation(config, temperature):
+    """Teacher forcing one padded batch, against the logits that `generate` saw token by token (pitfalls 2, 5, 6)."""
+    _, sampler = make_sampler(config(25), double=True, max_new_tokens=6, temperature=temperature)
+    prompts = make_examples([3, 5, 7], [4, 9], [8, 10, 11, 12, 6])
+    torch.manual_seed(0)
+    batch, _ = reinforce.sample(sampler, make_tokenizer(), prompts)
+    logprobs = reinforce.compute_logprobs(sampler, batch, temperature)
+    for row, prompt in enumerate(prompts):
+        ids = batch["input_ids"][row, 5:].tolist()[: int(batch["mask"][row].sum())]
+        exact = exact_logprobs(sampler, prompt["prompt_ids"], [ids], temperature)
+        assert logprobs[row].sum().item() == pytest.approx(exact.item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("config", [llama_config, gpt2_config])
+def test_left_padding_changes_nothing(config):
+    """GPT-2's absolute positions make any position error loud (pitfall 5)."""
+    policy, completions = float64(make_policy(config(8))), [[3, 4, 1], [5], [6, 6, 6, 2]]
+    plain = reinforce.compute_logprobs(policy, as_batch([2, 7], completions, pad=1), 1.0)
+    padded = reinforce.compute_logprobs(policy, as_batch([2, 7], completions, pad=1, left=10), 1.0)
+    torch.testing.assert_close(padded, plain, atol=1e-9, rtol=0)
+    assert (plain[1, 1:] == 0).all()
+
+
+def test_whole_batch_logprobs_do_not_depend_on_micro_batches():
+    policy = make_policy(gpt2_config(8))
+    batch = as_batch([2, 7], all_completions(5, 3, {1}), pad=1, left=3)
+    whole = reinforce.score_logprobs(policy, batch, reinforce.Args(micro_batch_tokens=10**6))
+    parts = reinforce.score_logprobs(policy, batch, reinforce.Args(micro_batch_tokens=20))
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+
+
+def test_metrics_ignore_padding():
+    """Ten more columns of padding on both sides: sums over tokens and their number stay (pitfall 25)."""
+    policy, batch = make_policy(llama_config(8)), as_batch([2, 7], [[3, 1], [4, 5, 6]], pad=1)
+    wide = as_batch([2, 7], [[3, 1], [4, 5, 6]], pad=1, left=10)
+    wide = {name: torch.nn.functional.pad(tensor, (0, 10)) for name, tensor in wide.items()}
+    args = reinforce.Args()
+    ours, theirs = (reinforce.score_logprobs(policy, b, args).sum() / b["mask"].sum() for b in (batch, wide))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_mask_includes_the_first_stop_and_nothing_after_it():
+    """Pad and EOS are one token, and there are two stop tokens, one of the model's alone (pitfalls 1, 4)."""
+    policy, tokenizer = make_policy(llama_config(25)), make_tokenizer(pad="<eos>")
+    policy.generation_config = GenerationConfig(eos_token_id=[1, 9])
+    sampler = reinforce.make_sampler(policy, tokenizer, reinforce.Args(max_new_tokens=12, temperature=2.0))
+    assert sampler.generation_config.eos_token_id == [1, 9]
+    torch.manual_seed(0)
+    batch, texts = reinforce.sample(sampler, tokenizer, make_examples(*[[5, 6]] * 200))
+    ends = set()
+    for ids, mask, terminated, text in zip(batch["input_ids"][:, 2:], batch["mask"], batch["terminated"], texts):
+        ids, length = ids.tolist(), int(mask.sum())
+        assert mask.tolist() == [1] * length + [0] * (len(ids) - length)
+        assert not {1, 9} & set(ids[: length - 1]), "a token after a stop is trained"
+        assert (ids[length - 1] in {1, 9}) == bool(terminated)
+        assert terminated or length == 12
+        assert text == tokenizer.decode(ids[:length], skip_special_tokens=True)
+        ends.add(ids[length - 1] if terminated else None)
+    assert ends == {1, 9, None}
+
+
+def test_samples_follow_the_softmax_whatever_the_model_came_with():
+    """A model that ships top_k, top_p, min_p and a repetition penalty is sampled from π_θ all the same (pitfall 3)."""
+    policy, tokenizer = make_policy(llama_config(60, initializer_range=0.2)), make_tokenizer()
+    policy.generation_config = GenerationConfig(do_sample=True, top_k=3, top_p=0.5, min_p=0.2, repetition_penalty=3.0)
+    sampler = reinforce.make_sampler(policy, tokenizer, reinforce.Args(max_new_tokens=1, temperature=0.7))
+    torch.manual_seed(0)
+    batch, _ = reinforce.sample(sampler, tokenizer, make_examples(*[[5, 6, 5]] * 20_000))
+    counts = torch.bincount(batch["input_ids"][:, -1], minlength=60).double()
+    with torch.no_grad():
+        expected = 20_000 * (sampler(torch.tensor([[5, 6, 5]])).logits[0, -1].double() / 0.7).softmax(dim=0)
+    assert (counts > 0).sum() > 50
+    chi2 = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi2 < 110, "59 degrees of freedom: 110 is exceeded once in 10,000 seeds"
+
+
+def test_sampler_is_the_policy_in_bfloat16_with_exact_rotary_frequencies():
+    policy, sampler = make_sampler(llama_config(25))
+    for ours, theirs in zip(policy.parameters(), sampler.parameters(), strict=True):
+        assert theirs.dtype == torch.bfloat16 and not theirs.requires_grad
+        assert torch.equal(ours.bfloat16(), theirs)
+    assert torch.equal(policy.model.rotary_emb.inv_freq, sampler.model.rotary_emb.inv_freq)
+    assert sampler.model.rotary_emb.inv_freq.dtype == torch.float32
+    with torch.no_grad():
+        next(policy.parameters()).add_(1.0)
+    sampler.load_state_dict(policy.state_dict())
+    assert torch.equal(next(policy.parameters()).bfloat16(), next(sampler.parameters()))
+
+
+def test_dropout_is_off(tmp_path):
+    """A model that ships dropout scores the same tokens the same twice (pitfall 7)."""
+    dropout = dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    name = save_policy(tmp_path / "gpt2", gpt2_config(25, **dropout))
+    policy, _ = reinforce.load(AutoModelForCausalLM, name, CPU)
+    batch = as_batch([2, 7], [[3, 1], [4, 5, 6]], pad=1)
+    first, second = (reinforce.compute_logprobs(policy, batch, 1.0) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_bfloat16_logits_are_scored_in_float32():
+    """A log-softmax over 50,000 bfloat16 logits would keep 3 digits (pitfall 8)."""
+    logits = (torch.randn(2, 4, 50_000, generator=torch.Generator().manual_seed(0)) * 4).bfloat16()
+
+    class Stub(torch.nn.Module):
+        def forward(self, logits_to_keep, **_):
+            return type("Output", (), {"logits": logits[:, -logits_to_keep:]})
+
+    batch = as_batch([2, 7], [[3, 1, 9], [4, 5, 6]], pad=1)
+    ours = reinforce.compute_logprobs(Stub(), batch, 0.7)
+    exact = (logits[:, :-1].double() / 0.7).log_softmax(dim=-1)
+    exact = exact.gather(2, batch["input_ids"][:, 2:, None])[:, :, 0]
+    assert (ours - exact).abs().max() < 1e-4
+
+
+def test_generation_uses_the_cache():
+    """One pass over the prompt, then one token at a time (pitfall 10)."""
+    _, sampler = make_sampler(llama_config(25, eos_token_id=None), make_tokenizer(eos=None), max_new_tokens=8)
+    widths = []
+    sampler.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    reinforce.sample(sampler, make_tokenizer(eos=None), make_examples([3, 5, 7], [4]))
+    assert widths == [3] + [1] * 7
+
+
+def test_greedy_samples_are_deterministic_and_as_long():
+    """SCST's baseline: the same weights and length limit, no randomness (pitfall 44)."""
+    _, sampler = make_sampler(llama_config(25), max_new_tokens=7, temperature=0.9)
+    examples = make_examples([3, 5, 7], [4, 8])
+    greedy = [reinforce.sample(sampler, make_tokenizer(), examples, do_sample=False)[0] for _ in range(2)]
+    assert torch.equal(greedy[0]["input_ids"], greedy[1]["input_ids"])
+    assert greedy[0]["mask"].shape[1] <= 7
+    for example, ids, mask in zip(examples, greedy[0]["input_ids"][:, 3:], greedy[0]["mask"]):
+        prefix = list(example["prompt_ids"])
+        for token in ids[mask.bool()].tolist():
+            assert token == sampler(torch.tensor([prefix])).logits[0, -1].float().argmax().item()
+            prefix.append(token)
+
+
+def test_a_chat_template_brings_its_own_bos():
+    """BOS once, with the template and without (pitfall 14)."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<unk>"
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 2)])
+    tokenizer.chat_template = "<unk> " + tokenizer.chat_template
+    for chat in (True, False):
+        examples = reinforce.load_prompts(reinforce.Args(chat_template=chat, max_new_tokens=8), tokenizer, 64)
+        ids = tokenizer("the sea").input_ids
+        assert ids[0] == 2
+        prompt_ids = examples[0]["prompt_ids"]
+        assert prompt_ids[0] == 2 and (prompt_ids[1] == 3) == chat
+
+
+@pytest.mark.parametrize("num_labels", [1, 4])
+@pytest.mark.parametrize("chat", [True, False])
+def test_reward_model_scores_one_text_at_a_time(tmp_path, num_labels, chat):
+    """The score does not depend on the batch; K labels give the expected value over 1..K (pitfall 40)."""
+    tokenizer = make_tokenizer(pad="<eos>", chat=chat)
+    name = save_reward_model(tmp_path / "rm", num_labels, tokenizer, llama_config(len(tokenizer), pad_token_id=1))
+    reward_fn = reinforce.load_reward_fn(reinforce.Args(reward_model=name), CPU)
+    prompts, completions = ["write about the sea", "write"], ["the old sea sings", "sun"]
+    together = reward_fn(prompts=prompts, completions=completions, answer=["unused", "unused"])
+    apart = [reward_fn(prompts=[p], completions=[c])[0] for p, c in zip(prompts, completions)]
+    assert together == pytest.approx(apart, abs=1e-6)
+    model = AutoModelForSequenceClassification.from_pretrained(name)
+    for prompt, completion, reward in zip(prompts, completions, together):
+        text = f"<user> {prompt} <assistant> {completion} <eos>" if chat else f"{prompt} {completion}"
+        logits = model(torch.tensor([AutoTokenizer.from_pretrained(name)(text).input_ids])).logits[0]
+        expected = logits[0] if num_labels == 1 else sum(k * p for k, p in enumerate(logits.softmax(dim=0), start=1))
+        assert reward == pytest.approx(expected.item(), abs=1e-5)
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    answers = [[{"role": "assistant", "content": completion}] for completion in completions]
+    assert reward_fn(prompts=messages, completions=answers) == pytest.approx(together)
+
+
+def test_lexical_richness():
+    def reward(text, penalty=0.0):
+        return reinforce.lexical_richness([text], min_words=10, penalty=penalty)[0]
+
+    assert reward("The cat saw the dog") == pytest.approx(4 / 5)  # case-folded
+    assert reward("don't don’t Straße STRASSE café") == pytest.approx(4 / 5)
+    assert reward("") == reward("... !") == 0
+    assert reward("", penalty=0.5) == -0.5
+    assert reward("one two three four five", penalty=0.5) == pytest.approx(1 - 0.5 * 0.5)
+    assert reward("a b c d e f g h i j k", penalty=0.5) == 1
+
+
+def test_prompts_and_columns(tmp_path):
+    rows = [
+        {"prompt": "the sea", "answer": 1},
+        {"prompt": [{"role": "user", "content": "the sun"}], "answer": 2},
+        {"prompt": "a stone"},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = make_tokenizer()
+    examples = reinforce.load_prompts(reinforce.Args(prompts=str(file), max_new_tokens=8), tokenizer, 64)
+    assert tokenizer.decode(examples[1]["prompt_ids"]) == "<user> the sun <assistant>"
+    seen = {}
+
+    def reward_fn(prompts, completions, **columns):
+        seen.update(prompts=prompts, completions=completions, **columns)
+        return [0, 1.5, -2]
+
+    rewards = reinforce.score(reward_fn, examples, ["x", "y", "z"])
+    assert rewards.tolist() == [0, 1.5, -2]
+    assert seen == {
+        "prompts": [row["prompt"] for row in rows],
+        "completions": ["x", [{"role": "assistant", "content": "y"}], "z"],  # a conversation is answered by a message
+        "answer": [1, 2, None],
+    }
