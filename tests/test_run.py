@@ -1,0 +1,388 @@
+"""Whole runs on a tiny model: what they write, that they repeat, resume and divide, and what reaches the algorithm."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import gpt2_config, llama_config, make_tokenizer, save_policy, save_reward_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import nano_rl.reinforce as reinforce
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(batch_size=4, num_steps=3, max_new_tokens=8, eval_every=2, temperature=1.0, learning_rate=1e-3)
+
+
+def run(model: str, folder: Path, reward_fn=None, **args) -> Path:
+    return reinforce.train(reinforce.Args(model=model, output_dir=str(folder), **(TINY | args)), reward_fn)
+
+
+def read(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "step_time"} for row in rows]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(run / "policy").state_dict()
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"baseline": "none"},
+        {"baseline": "mean", "whiten_advantages": True},
+        {"baseline": "ema", "ema_beta": 0.5, "kl_coef": 0.1},
+        {"baseline": "scst", "brevity_penalty_scale": 0.5, "eval_every": 0},
+    ],
+    ids=lambda flags: flags["baseline"],
+)
+def test_a_run_writes_its_files(model, tmp_path, flags, capsys):
+    folder = run(model, tmp_path / "run", **flags)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "completions.jsonl",
+        "config.json",
+        "metrics.jsonl",
+        "policy",
+    ]
+    assert json.loads((folder / "config.json").read_text())["baseline"] == flags["baseline"]
+    metrics = read(folder)
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3]
+    assert [row["step"] for row in metrics if "eval/reward" in row] == ([0, 3] if "eval_every" in flags else [0, 2, 3])
+    names = "step reward reward_std frac_reward_zero_std completions/mean_length completions/clipped_ratio entropy kl"
+    names += " clip_ratio/region_mean grad_norm learning_rate num_tokens"
+    assert list(metrics[1]) == names.split()
+    if "kl_coef" in flags:
+        assert metrics[1]["kl"] == 0, "equal weights, so exactly 0"
+        assert metrics[3]["kl"] != 0
+    else:
+        assert metrics[3]["kl"] is None, "not computed"
+    assert metrics[1]["grad_norm"] > 0
+    completions = read(folder, "completions.jsonl")
+    assert len([row for row in completions if row["split"] == "train"]) == 3 * 4
+    assert len([row for row in completions if row["split"] == "held_out" and row["step"] == 3]) == 32
+    assert {row["step"] for row in completions} == {0, 1, 2, 3}
+    out = capsys.readouterr().out
+    for step in range(4):
+        assert f"step {step}/3  " in out
+    assert "Write a long story about a ferry.\n  > " in out
+
+
+def test_the_policy_is_an_ordinary_folder_and_has_learnt(model, tmp_path):
+    folder = run(model, tmp_path / "run", reward_fn=lambda completions, **_: [float("sun" in c) for c in completions])
+    assert not same(weights(folder), AutoModelForCausalLM.from_pretrained(model).state_dict())
+    policy, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "policy"),
+        AutoTokenizer.from_pretrained(folder / "policy"),
+    )
+    assert policy.dtype == torch.float32 and policy.generation_config.eos_token_id == 1
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(model).chat_template
+    again = run(str(folder / "policy"), tmp_path / "again", num_steps=1)
+    assert (again / "policy").is_dir()
+
+
+def test_small_updates_are_not_lost(tmp_path):
+    """In bfloat16 weights a step of 1e-6 would round away (pitfall 9)."""
+    name = save_policy(tmp_path / "tied", llama_config(25, tie_word_embeddings=True))
+    before = AutoModelForCausalLM.from_pretrained(name).state_dict()
+    after = weights(run(name, tmp_path / "run", num_steps=1, learning_rate=1e-6))
+    changed = torch.cat([(before[key] != after[key]).flatten() for key in before])
+    assert changed.float().mean() > 0.9
+
+
+def test_same_seed_same_bits(model, tmp_path):
+    first, second = run(model, tmp_path / "1"), run(model, tmp_path / "2")
+    assert read(first) == read(second)
+    assert same(weights(first), weights(second))
+    assert read(first) != read(run(model, tmp_path / "3", seed=1))
+
+
+def test_what_reaches_the_algorithm(model, tmp_path, monkeypatch):
+    """The KL is in the reward, before the baseline; EMA is the value from before the batch (pitfalls 18, 19)."""
+    seen, compute_advantages = [], reinforce.compute_advantages
+
+    def spy(rewards, baseline, ema, greedy_rewards, whiten):
+        seen.append((rewards.clone(), ema, greedy_rewards.clone()))
+        return compute_advantages(rewards, baseline, ema, greedy_rewards, whiten)
+
+    monkeypatch.setattr(reinforce, "compute_advantages", spy)
+    folder = run(model, tmp_path / "run", baseline="ema", ema_beta=0.75, kl_coef=0.5, learning_rate=1e-2)
+    metrics = read(folder)
+    train = [row["reward"] for row in read(folder, "completions.jsonl") if row["split"] == "train"]
+    ema = metrics[0]["eval/reward"]
+    for step, (kl_rewards, used, greedy_rewards) in enumerate(seen, start=1):
+        assert used == pytest.approx(ema)
+        ema = 0.75 * ema + 0.25 * kl_rewards.mean().item()
+        penalty = torch.tensor(train[4 * (step - 1) : 4 * step]) - kl_rewards  # β times each completion's KL
+        row = metrics[step]
+        assert penalty.mean().item() == pytest.approx(0.5 * row["kl"] * row["completions/mean_length"], abs=1e-5)
+        assert (penalty == 0).all() == (step == 1)
+        assert (greedy_rewards == 0).all()
+
+
+def test_scst_scores_the_greedy_completion_of_the_same_prompts(model, tmp_path, monkeypatch):
+    calls, sample = [], reinforce.sample
+
+    def spy(sampler, tokenizer, examples, **settings):
+        batch, texts = sample(sampler, tokenizer, examples, **settings)
+        calls.append(([example["prompt"] for example in examples], settings, next(sampler.parameters()).clone(), texts))
+        return batch, texts
+
+    seen = []
+    compute_advantages = reinforce.compute_advantages
+    monkeypatch.setattr(reinforce, "sample", spy)
+    monkeypatch.setattr(
+        reinforce, "compute_advantages", lambda *inputs: seen.append(inputs) or compute_advantages(*inputs)
+    )
+    run(model, tmp_path / "run", baseline="scst", num_steps=1, eval_every=0)
+    _, (prompts, settings, sampled_with, _), (greedy_prompts, greedy_settings, greedy_with, greedy_texts), _ = calls
+    assert prompts == greedy_prompts and torch.equal(sampled_with, greedy_with)
+    assert settings == {} and greedy_settings == {"do_sample": False}
+    expected = reinforce.lexical_richness(greedy_texts, min_words=8 / 3, penalty=0.0)
+    assert seen[0][3].tolist() == pytest.approx(expected)
+
+
+def test_sampled_ids_are_the_ids_that_train(model, tmp_path, monkeypatch):
+    """Nothing is decoded and tokenised again on the way to the loss (pitfall 14)."""
+    sampled, trained = [], []
+    sample, compute_logprobs = reinforce.sample, reinforce.compute_logprobs
+
+    def spy_sample(*inputs, **settings):
+        batch, texts = sample(*inputs, **settings)
+        sampled.append(batch)
+        return batch, texts
+
+    def spy_logprobs(policy, batch, temperature):
+        if torch.is_grad_enabled():
+            trained.append((batch, temperature))
+        return compute_logprobs(policy, batch, temperature)
+
+    monkeypatch.setattr(reinforce, "sample", spy_sample)
+    monkeypatch.setattr(reinforce, "compute_logprobs", spy_logprobs)
+    run(model, tmp_path / "run", num_steps=1, baseline="none", temperature=0.8, eval_every=0)
+    (part, temperature), batch = trained[0], sampled[1]
+    assert temperature == 0.8
+
+    def rows(batch):
+        return sorted(ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"]))
+
+    trainable = [row for row in rows(batch) if row in rows(part)]
+    assert rows(part) == trainable and len(trainable) >= 3
+
+
+def test_equal_rewards_are_a_step_of_zero_gradient(model, tmp_path):
+    folder = run(model, tmp_path / "run", reward_fn=lambda completions, **_: [0.7] * len(completions))
+    metrics = read(folder)
+    assert [row["grad_norm"] for row in metrics[1:]] == [0, 0, 0]
+    assert [row["frac_reward_zero_std"] for row in metrics[1:]] == [1, 1, 1]
+    assert [row["entropy"] for row in metrics[1:]] == [None, None, None]
+    assert same(weights(folder), AutoModelForCausalLM.from_pretrained(model).state_dict())
+
+
+@pytest.mark.parametrize("part", ["pad", "eos", "chat", "all"])
+def test_tokenizers_that_lack_something(tmp_path, part):
+    lacks = {"pad": {"pad": None}, "eos": {"eos": None}, "chat": {"chat": False}}
+    lacks["all"] = {name: value for lack in lacks.values() for name, value in lack.items()}
+    tokenizer = make_tokenizer(**lacks[part])
+    config = gpt2_config(25) if part != "all" else gpt2_config(25, eos_token_id=None)
+    metrics = read(run(save_policy(tmp_path / "model", config, tokenizer), tmp_path / "run", num_steps=1))
+    if part == "all":
+        assert metrics[1]["completions/clipped_ratio"] == 1 and metrics[1]["completions/mean_length"] == 8
+
+
+def test_empty_completions_score_zero_and_train_their_stop(tmp_path, monkeypatch):
+    name = save_policy(tmp_path / "model")
+    policy = AutoModelForCausalLM.from_pretrained(name)
+    monkeypatch.setattr(reinforce, "evaluate", lambda *_: ({"eval/reward": 0.5}, []))
+    monkeypatch.setattr(reinforce, "report", lambda run, args, bar, metrics, samples: rows.extend(samples))
+    rows, sample = [], reinforce.sample
+
+    def stop_at_once(sampler, tokenizer, examples, **settings):
+        sampler.generation_config.eos_token_id = list(range(25))
+        batch, _ = sample(sampler, tokenizer, examples, **settings)
+        return batch, [""] * len(examples)
+
+    monkeypatch.setattr(reinforce, "sample", stop_at_once)
+    folder = run(name, tmp_path / "run", num_steps=1, baseline="ema")
+    assert [row["reward"] for row in rows] == [0] * 4
+    assert not same(weights(folder), policy.state_dict())
+
+
+def test_reward_model_and_prompts_file(model, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"the {word} sings", "n": 1}) + "\n" for word in "abcde"))
+    reward_model = save_reward_model(tmp_path / "rm", num_labels=3)
+    metrics = read(run(model, tmp_path / "run", prompts=str(prompts), reward_model=reward_model))
+    assert all(1 <= row["reward"] <= 3 for row in metrics[1:])
+
+
+def test_wandb_offline(model, tmp_path, monkeypatch):
+    folder = run(model, tmp_path / "run", track=True, num_steps=1)
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+# ---- Resume ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def straight(model, tmp_path_factory) -> Path:
+    """Six steps without a stop, by the same reward function as the killed runs'."""
+    return run(model, tmp_path_factory.mktemp("straight") / "run", **RESUMABLE)
+
+
+RESUMABLE = dict(num_steps=6, save_every=2, baseline="ema", kl_coef=0.1, reward_fn=None)
+
+KILLER = """
+import os, signal, sys
+import torch
+import nano_rl.reinforce as reinforce
+
+moment, save, report = sys.argv.pop(1), torch.save, reinforce.report
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def report_and_die(run, args, bar, metrics, samples):
+    report(run, args, bar, metrics, samples)
+    if metrics["step"] == 5 and moment == "between checkpoints":
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write('{"step": 6, "rew')  # killed in the middle of a line
+        kill()
+
+def save_half_and_die(state, path):
+    save(state, path)
+    if state["step"] == 4 and moment == "while saving":
+        os.truncate(path, path.stat().st_size // 2)
+        kill()
+
+def save_policy_and_die(path, write):
+    if path.name == "policy" and moment == "before the policy":
+        write(path.with_name("policy.partial"))
+        kill()
+    whole(path, write)
+
+whole, reinforce.save = reinforce.save, save_policy_and_die
+reinforce.report, torch.save = report_and_die, save_half_and_die
+reinforce.train(reinforce.tyro.cli(reinforce.Args))
+"""
+
+
+def flags(**args) -> list[str]:
+    return [
+        word
+        for name, value in args.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+@pytest.mark.parametrize("moment", ["between checkpoints", "while saving", "before the policy"])
+def test_a_killed_run_resumes_to_the_same_bits(model, straight, tmp_path, moment):
+    (tmp_path / "killer.py").write_text(KILLER)
+    folder = tmp_path / "run"
+    command = [sys.executable, "killer.py", moment, *flags(model=model, output_dir=folder, **(TINY | RESUMABLE))]
+    killed = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not (folder / "policy").exists()
+    reinforce.train(reinforce.Args(resume=str(folder)))
+    assert read(folder) == read(straight)
+    assert read(folder, "completions.jsonl") == read(straight, "completions.jsonl")
+    assert same(weights(folder), weights(straight))
+
+
+def test_more_steps(model, straight, tmp_path):
+    """Three steps, resumed for three more, are the six of a run that was asked for six."""
+    folder = run(model, tmp_path / "run", **(RESUMABLE | {"num_steps": 4}))
+    reinforce.train(reinforce.Args(resume=str(folder), num_steps=6))
+    assert same(weights(folder), weights(straight))
+    assert json.loads((folder / "config.json").read_text())["num_steps"] == 6
+
+
+# ---- Several processes, and a copied file ---------------------------------------------------------------------------
+
+DIVIDED = """
+import sys
+import torch
+import accelerate
+import nano_rl.reinforce as reinforce
+
+case, clip, sample = sys.argv.pop(1), torch.nn.utils.clip_grad_norm_, reinforce.sample
+grads = []
+
+def keep_and_clip(parameters, max_norm):
+    parameters = list(parameters)
+    grads.append([parameter.grad.clone() for parameter in parameters])
+    return clip(parameters, max_norm)
+
+def idle_rank(prompts, completions, **columns):
+    return [float(accelerate.PartialState().process_index == 0)] * len(prompts)
+
+# The same samples however the batch is divided, and float32, so that the gradients can be compared.
+reinforce.sample = lambda *inputs, **settings: sample(*inputs, do_sample=False)
+reinforce.Accelerator = lambda mixed_precision, **options: accelerate.Accelerator(mixed_precision="no", **options)
+torch.nn.utils.clip_grad_norm_ = keep_and_clip
+args = reinforce.tyro.cli(reinforce.Args)
+reinforce.train(args, idle_rank if case == "idle" else None)
+if not torch.distributed.is_initialized():
+    torch.save(grads, args.output_dir + "/grads.pt")
+"""
+
+
+def divided(tmp_path: Path, case: str, processes: int, **args) -> Path:
+    (tmp_path / "divided.py").write_text(DIVIDED)
+    folder = tmp_path / f"{case}-{processes}"
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
+    command = [sys.executable, *launch, "divided.py", case, *flags(output_dir=folder, **(TINY | args))]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 1/") == 1, "one process reports"
+    return folder
+
+
+@pytest.mark.parametrize("baseline", ["mean", "ema"])
+def test_two_processes_are_one_with_the_doubled_batch(model, tmp_path, baseline):
+    args = dict(model=model, baseline=baseline, kl_coef=0.1, num_steps=2)
+    two, one = divided(tmp_path, "equal", 2, batch_size=3, **args), divided(tmp_path, "equal", 1, batch_size=6, **args)
+    for ours, theirs in zip(torch.load(two / "grads.pt"), torch.load(one / "grads.pt"), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    ours, theirs = read(two), read(one)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for a, b in zip(ours, theirs):
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
+
+
+def test_a_process_with_nothing_to_train_does_not_hang_the_other(model, tmp_path):
+    folder = divided(tmp_path, "idle", 2, model=model, baseline="none", num_steps=2)
+    assert all(row["grad_norm"] > 0 for row in read(folder)[1:])
+
+
+@pytest.mark.parametrize("name", ["reinforce"])
+def test_a_copied_file_trains_and_resumes(model, tmp_path, name):
+    """Alone in an empty folder, without this project on the path."""
+    shutil.copy(ROOT / "nano_rl" / f"{name}.py", tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    for arguments in (
+        flags(model=model, **(TINY | {"num_steps": 2, "save_every": 1})),
+        ["--resume", "RUN", "--num-steps", "3"],
+    ):
+        arguments = [str(next(tmp_path.glob("runs/*"))) if word == "RUN" else word for word in arguments]
+        command = [sys.executable, f"{name}.py", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == "", "a log file holds no progress bars and no warnings"
+    (folder,) = tmp_path.glob(f"runs/*-{name}")
+    assert [row["step"] for row in read(folder)] == [0, 1, 2, 3]
