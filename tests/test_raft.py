@@ -1,0 +1,70 @@
+"""RAFT: the best of each group, the exact gradient of its objective, and several passes."""
+
+import itertools
+
+import pytest
+import torch
+from test_run import TINY, read
+from tiny import all_completions, as_batch, exact_logprobs, float64, gradient, llama_config, make_policy
+
+import nano_rl.raft as raft
+
+
+def run(model, folder, reward_fn=None, **args):
+    return raft.train(raft.Args(model=model, output_dir=str(folder), **(TINY | {"group_size": 2} | args)), reward_fn)
+
+
+def test_the_first_of_the_best_is_chosen():
+    rewards = torch.tensor([0.1, 0.7, 0.3, 0.7] + [0.5] * 4 + [3.0, -1.0, 2.0, 0.0])
+    assert raft.compute_advantages(rewards, 4).tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]
+    for order in itertools.permutations(range(4)):  # permute a group: the same completion trains
+        chosen = raft.compute_advantages(rewards[[8, 9, 10, 11]][list(order)], 4)
+        assert order[chosen.argmax()] == 0 and chosen.sum() == 1
+
+
+@pytest.mark.parametrize("vocab_size, max_tokens, group_size", [(5, 2, 2), (2, 3, 4)])
+def test_the_expected_gradient_is_that_of_the_stated_objective(vocab_size, max_tokens, group_size):
+    """Of E[log-likelihood of the best of G, a mean over its tokens], the groups held fixed."""
+    policy, completions = float64(make_policy(llama_config(vocab_size))), all_completions(vocab_size, max_tokens, {1})
+    exact = exact_logprobs(policy, [0], completions, 0.6)
+    rewards = torch.randint(0, 4, (len(completions),), generator=torch.Generator().manual_seed(1)).double()  # with ties
+    truth, coefficients = 0.0, torch.zeros_like(rewards)
+    for group in itertools.product(range(len(completions)), repeat=group_size):
+        probability = exact[list(group)].sum().exp().detach()
+        best = max(group, key=lambda i: rewards[i])  # max returns the first
+        if len({rewards[i].item() for i in group}) > 1:
+            truth = truth + probability * exact[best] / len(completions[best])
+        advantages = raft.compute_advantages(rewards[list(group)], group_size)
+        coefficients.index_add_(0, torch.tensor(group), probability * advantages)
+    batch = as_batch([0], completions, pad=1)
+    logprobs = raft.compute_logprobs(policy, batch, 0.6)
+    ours = gradient(raft.compute_loss(logprobs, coefficients, batch["mask"], num_prompts=1), policy)
+    torch.testing.assert_close(-ours, gradient(truth, policy), atol=1e-9, rtol=0)
+
+
+def test_loss_against_a_naive_loop():
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.arange(6)[None] < torch.tensor([1, 6, 3, 4])[:, None]).long()
+    logprobs, advantages = -torch.rand(4, 6, generator=generator) * mask, torch.tensor([1.0, 0.0, 1.0, 1.0])
+    loss = -sum(advantages[i] * sum(logprobs[i, : mask[i].sum()]) / mask[i].sum() for i in range(4)) / 2
+    torch.testing.assert_close(raft.compute_loss(logprobs, advantages, mask, num_prompts=2), loss)
+
+
+def test_groups_without_a_best_are_left_out_and_counted(model, tmp_path):
+    folder = run(model, tmp_path / "run", lambda completions, **_: [0.7] * len(completions))
+    assert [row["frac_reward_zero_std"] for row in read(folder)[1:]] == [1, 1, 1]
+    assert [row["grad_norm"] for row in read(folder)[1:]] == [0, 0, 0]
+
+
+def test_it_trains_in_epochs_and_resumes(model, tmp_path):
+    straight = run(model, tmp_path / "straight", num_steps=4, num_epochs=2)
+    folder = run(model, tmp_path / "run", num_steps=2, num_epochs=2, save_every=1)
+    raft.train(raft.Args(resume=str(folder), num_steps=4))
+    assert read(folder)[-1] == read(straight)[-1]
+    once = run(model, tmp_path / "once", num_steps=4)
+    assert read(once)[1]["entropy"] > read(straight)[1]["entropy"], "the second pass finds the best more likely"
+
+
+def test_group_sizes_that_cannot_be(model, tmp_path):
+    with pytest.raises(SystemExit, match="--group-size 1: must be 2 or more"):
+        run(model, tmp_path / "run", group_size=1)
