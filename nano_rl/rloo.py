@@ -84,6 +84,7 @@ class Args:  # a flag's comment is its --help
     group_size: int = 4  # completions of each prompt (G)
 
 
+MAY_BE_ZERO = {"brevity_penalty_scale", "kl_coef", "seed", "eval_every", "save_every"}
 PROGRESS = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # progress bars do not belong in a log file
 
 
@@ -321,10 +322,9 @@ def start_run(args: Args) -> tuple[Args, dict]:
         if args.num_steps <= state["step"] and ("num_steps" in given or Path(args.resume, "policy").exists()):
             sys.exit(f"{args.resume} has done {state['step']} steps: give a larger --num-steps, not {Args.num_steps}")
         return args, state
-    may_be_zero = {"brevity_penalty_scale", "kl_coef", "seed", "eval_every", "save_every"}
     for name, value in asdict(args).items():
-        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
-            sys.exit(f"--{name.replace('_', '-')} {value}: must be {'at least' if name in may_be_zero else 'above'} 0")
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
+            sys.exit(f"--{name.replace('_', '-')} {value}: must be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
     run = Path(args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}")
     if run.is_dir() and any(run.iterdir()):
         sys.exit(f"--output-dir {run} is not empty: choose another, or go on there with --resume")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
@@ -68,6 +69,7 @@ def test_without_the_wheel_the_hub_is_asked(monkeypatch):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_held_out_reward_rises(tmp_path, seed):
     """The README's first command; about four minutes a seed on two cores."""
+    torch.set_num_threads(os.cpu_count())
     run = reinforce.train(reinforce.Args(seed=seed, output_dir=str(tmp_path / "run")))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["eval/reward"] - metrics[0]["eval/reward"] >= 0.08

