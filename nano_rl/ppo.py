@@ -86,8 +86,8 @@ class Args:  # a flag's comment is its --help
     track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
     # Algorithm
     value_model: str | None = None  # start of the value model: a one-label reward model of the policy's architecture
-    value_learning_rate: float = 1e-4  # step size of the value model's Adam
-    value_warmup_steps: int = 3  # first steps, in which the value model alone is trained
+    value_learning_rate: float = 3e-4  # step size of the value model's Adam
+    value_warmup_steps: int = 4  # first steps, in which the value model alone is trained
     gamma: float = 1.0  # discount of later rewards (γ)
     gae_lambda: float = 0.95  # 1: advantages from the rewards alone; smaller: more from the values (λ)
     clip_coef: float = 0.2  # clip range of the ratio (ε)

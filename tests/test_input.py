@@ -9,7 +9,7 @@ from test_run import RESUMABLE, TINY, read, run
 from transformers import AutoTokenizer
 
 import nano_rl.reinforce as reinforce
-from nano_rl import grpo, raft, remax, rloo
+from nano_rl import grpo, ppo, raft, remax, rloo
 
 
 def line(error) -> str:
@@ -209,13 +209,13 @@ def test_resume_of_what_cannot_be_resumed(model, tmp_path):
 
 def test_resume_of_another_algorithms_run(model, tmp_path):
     folder = run(model, tmp_path / "run", num_steps=1, save_every=1)
-    for file in (rloo, remax, raft, grpo):
+    for file in (rloo, remax, raft, grpo, ppo):
         with pytest.raises(SystemExit) as error:
             file.train(file.Args(resume=str(folder)))
         assert "the run of another algorithm" in line(error)
 
 
-@pytest.mark.parametrize("file, flag", [(raft, "num_epochs"), (grpo, "num_updates"), (grpo, "clip_coef")])
+@pytest.mark.parametrize("file, flag", [(raft, "num_epochs"), (grpo, "num_updates"), (ppo, "value_learning_rate")])
 def test_the_other_files_numbers(model, tmp_path, file, flag):
     with pytest.raises(SystemExit) as error:
         file.train(file.Args(model=model, output_dir=str(tmp_path / "run"), **{flag: 0}))

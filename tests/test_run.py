@@ -196,11 +196,11 @@ def test_the_gradient_is_clipped(model, tmp_path, monkeypatch):
         assert row["grad_norm"] == before > 0.25 and after == pytest.approx(0.25, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["reinforce", "rloo", "remax", "raft", "grpo"])
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "remax", "raft", "grpo", "ppo"])
 def test_micro_batches_do_not_change_a_run(model, tmp_path, name):
     """One completion at a time, or all at once: the same gradient, through every update (pitfall 28)."""
     file = importlib.import_module(f"nano_rl.{name}")
-    several = {"raft": {"num_epochs": 2}, "grpo": {"num_updates": 2}}.get(name, {})
+    several = {"raft": {"num_epochs": 2}, "grpo": {"num_updates": 2}, "ppo": {"value_warmup_steps": 1}}.get(name, {})
     monkeypatch = pytest.MonkeyPatch()
     float32 = lambda mixed_precision, **options: accelerate.Accelerator(mixed_precision="no", **options)  # noqa: E731
     monkeypatch.setattr(file, "Accelerator", float32)
@@ -410,7 +410,7 @@ def test_a_process_with_nothing_to_train_does_not_hang_the_other(model, tmp_path
     assert all(row["grad_norm"] > 0 for row in read(folder)[1:])
 
 
-@pytest.mark.parametrize("name", ["reinforce", "rloo", "remax", "raft", "grpo"])
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "remax", "raft", "grpo", "ppo"])
 def test_a_copied_file_trains_and_resumes(model, tmp_path, name):
     """Alone in an empty folder, without this project on the path; `.env` beside it is read."""
     shutil.copy(ROOT / "nano_rl" / f"{name}.py", tmp_path)
