@@ -67,7 +67,7 @@ class Args:  # a flag's comment is its --help
     reward_fn: str | None = None  # score by module:function, called as in TRL, f(prompts, completions, **columns)
     brevity_penalty_scale: float = 0.0  # penalty of an answer without words; 0 from max_new_tokens / 3 words on
     batch_size: int = 16  # completions a step in each process; N over all of them
-    num_steps: int = 20  # rounds of sampling and updating
+    num_steps: int = 15  # rounds of sampling and updating
     max_new_tokens: int = 64  # longest completion (T)
     temperature: float = 0.7  # of π_θ, in sampling and in training
     learning_rate: float = 4e-5  # step size of Adam, constant
