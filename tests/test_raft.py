@@ -22,15 +22,18 @@ def test_the_first_of_the_best_is_chosen():
         assert order[chosen.argmax()] == 0 and chosen.sum() == 1
 
 
+@pytest.mark.parametrize("off_policy", [False, True])
 @pytest.mark.parametrize("vocab_size, max_tokens, group_size", [(5, 2, 2), (2, 3, 4)])
-def test_the_expected_gradient_is_that_of_the_stated_objective(vocab_size, max_tokens, group_size):
-    """Of E[log-likelihood of the best of G, a mean over its tokens], the groups held fixed."""
+def test_the_expected_gradient_is_that_of_the_stated_objective(vocab_size, max_tokens, group_size, off_policy):
+    """Of E[log-likelihood of the best of G, a mean over its tokens], the groups drawn by π_θ or by another policy."""
     policy, completions = float64(make_policy(llama_config(vocab_size))), all_completions(vocab_size, max_tokens, {1})
     exact = exact_logprobs(policy, [0], completions, 0.6)
+    sampled_by = float64(make_policy(llama_config(vocab_size), 3 if off_policy else 0))
+    probabilities = exact_logprobs(sampled_by, [0], completions, 0.6).exp().detach()
     rewards = torch.randint(0, 4, (len(completions),), generator=torch.Generator().manual_seed(1)).double()  # with ties
     truth, coefficients = 0.0, torch.zeros_like(rewards)
     for group in itertools.product(range(len(completions)), repeat=group_size):
-        probability = exact[list(group)].sum().exp().detach()
+        probability = probabilities[list(group)].prod()
         best = max(group, key=lambda i: rewards[i])  # max returns the first
         if len({rewards[i].item() for i in group}) > 1:
             truth = truth + probability * exact[best] / len(completions[best])
