@@ -46,7 +46,7 @@ def parts(file: Path) -> dict[str, str]:
     named = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     found = {node.name: ast.get_source_segment(source, node) for node in named}
     found["imports"] = source.split('"""', 2)[2].split("@dataclass")[0]
-    flags = found["Args"].split("    # Algorithm\n")[0].splitlines()[1:]
+    flags = source.split("class Args:")[1].split("    # Algorithm")[0].splitlines()[1:]
     return found | {"flag " + line.split(":")[0].strip(): line for line in flags}
 
 

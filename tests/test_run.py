@@ -200,23 +200,22 @@ def test_the_gradient_is_clipped(model, tmp_path, monkeypatch):
 def test_micro_batches_do_not_change_a_run(model, tmp_path, name):
     """One completion at a time, or all at once: the same gradient, through every update (pitfall 28)."""
     file = importlib.import_module(f"nano_rl.{name}")
-    several = {"raft": {"num_epochs": 2}, "grpo": {"num_updates": 2}, "ppo": {"value_warmup_steps": 1}}.get(name, {})
+    several = {"raft": {"num_epochs": 2}, "grpo": {"num_updates": 2}, "ppo": {"value_warmup_steps": 0}}.get(name, {})
+    args = TINY | several | {"model": model, "kl_coef": 0.1, "num_steps": 1}
     monkeypatch = pytest.MonkeyPatch()
     float32 = lambda mixed_precision, **options: accelerate.Accelerator(mixed_precision="no", **options)  # noqa: E731
     monkeypatch.setattr(file, "Accelerator", float32)
     accelerate.state.AcceleratorState._reset_state()
     try:
-        runs = [
-            read(file.train(file.Args(model=model, output_dir=str(tmp_path / str(n)), micro_batch_tokens=n, kl_coef=0.1,
-                                      **(TINY | several))))
-            for n in (1, 10**6)
-        ]  # fmt: skip
+        one, all_at_once = (
+            read(file.train(file.Args(output_dir=str(tmp_path / str(size)), micro_batch_tokens=size, **args)))[1]
+            for size in (1, 10**6)
+        )
     finally:
         monkeypatch.undo()
         accelerate.state.AcceleratorState._reset_state()
-    for ours, theirs in zip(*runs, strict=True):
-        assert ours.get("grad_norm") == pytest.approx(theirs.get("grad_norm"), rel=1e-3)
-        assert ours["step"] < 3 or ours["eval/reward"] == pytest.approx(theirs["eval/reward"], abs=0.05)
+    assert one["grad_norm"] == pytest.approx(all_at_once["grad_norm"], rel=1e-4) and one["grad_norm"] > 0
+    assert one["reward"] == all_at_once["reward"]
 
 
 def test_equal_rewards_are_a_step_of_zero_gradient(model, tmp_path):
@@ -402,7 +401,7 @@ def test_two_processes_are_one_with_the_doubled_batch(model, tmp_path, baseline)
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for a, b in zip(ours, theirs):
         for name in a:
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
+            assert a[name] == b[name] or a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
 
 
 def test_a_process_with_nothing_to_train_does_not_hang_the_other(model, tmp_path):
