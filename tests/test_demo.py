@@ -23,6 +23,7 @@ def test_the_wheel_is_parsed_once_and_saves_to_the_bit(smollm2, tmp_path):
 
     policy, tokenizer = smollm2
     assert gguf.GGUFReader.cache_info().misses == 1 and gguf.GGUFReader.cache_info().hits >= 2
+    assert gguf.get_tensor_name_map.cache_info().misses == 1
     assert sum(parameter.numel() for parameter in policy.parameters()) == 134_515_008
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in policy.parameters()) and not policy.training
