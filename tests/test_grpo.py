@@ -20,6 +20,17 @@ def test_advantages_by_hand():
     assert advantages[3:].tolist() == [0, 0, 0]
 
 
+def test_advantages_against_a_naive_loop():
+    rewards, G = torch.randn(12, generator=torch.Generator().manual_seed(0)), 4
+    expected = []
+    for i in range(12):
+        group = [rewards[j].item() for j in range(12) if j // G == i // G]
+        mean = sum(group) / G
+        std = (sum((r - mean) ** 2 for r in group) / (G - 1)) ** 0.5
+        expected.append((rewards[i].item() - mean) / (std + 1e-4))
+    torch.testing.assert_close(grpo.compute_advantages(rewards, G), torch.tensor(expected))
+
+
 @pytest.mark.parametrize("advantage, ratio, loss, slope", [
     (1, 0.5, -0.5, -1), (1, 1.0, -1.0, -1), (1, 1.5, -1.2, 0),
     (-1, 0.5, 0.8, 0), (-1, 1.0, 1.0, 1), (-1, 1.5, 1.5, 1),

@@ -26,6 +26,13 @@ import nano_rl.reinforce as reinforce
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
+def bfloat16(request, monkeypatch) -> bool:
+    """On either kind of hardware, both kinds of sampler."""
+    monkeypatch.setattr(reinforce, "has_bfloat16", lambda device: request.param)
+    return request.param
+
+
 def make_examples(*prompts: list[int]) -> list[dict]:
     return [{"prompt": "", "prompt_ids": prompt} for prompt in prompts]
 
@@ -40,10 +47,10 @@ def make_sampler(config, tokenizer=None, seed: int = 0, double: bool = False, **
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_those_of_stepwise_generation(config, temperature):
     """Teacher forcing one padded batch, against the logits that `generate` saw token by token (pitfalls 2, 5, 6)."""
-    _, sampler = make_sampler(config(25), double=True, max_new_tokens=6, temperature=temperature)
+    _, sampler = make_sampler(config(25), double=True, max_new_tokens=6)
     prompts = make_examples([3, 5, 7], [4, 9], [8, 10, 11, 12, 6])
     torch.manual_seed(0)
-    batch, _ = reinforce.sample(sampler, make_tokenizer(), prompts)
+    batch, _ = reinforce.sample(sampler, make_tokenizer(), prompts, temperature)
     logprobs = reinforce.compute_logprobs(sampler, batch, temperature)
     for row, prompt in enumerate(prompts):
         ids = batch["input_ids"][row, 5:].tolist()[: int(batch["mask"][row].sum())]
@@ -83,10 +90,10 @@ def test_mask_includes_the_first_stop_and_nothing_after_it():
     """Pad and EOS are one token, and there are two stop tokens, one of the model's alone (pitfalls 1, 4)."""
     policy, tokenizer = make_policy(llama_config(25)), make_tokenizer(pad="<eos>")
     policy.generation_config = GenerationConfig(eos_token_id=[1, 9])
-    sampler = reinforce.make_sampler(policy, tokenizer, reinforce.Args(max_new_tokens=12, temperature=2.0))
+    sampler = reinforce.make_sampler(policy, tokenizer, reinforce.Args(max_new_tokens=12))
     assert sampler.generation_config.eos_token_id == [1, 9]
     torch.manual_seed(0)
-    batch, texts = reinforce.sample(sampler, tokenizer, make_examples(*[[5, 6]] * 200))
+    batch, texts = reinforce.sample(sampler, tokenizer, make_examples(*[[5, 6]] * 200), 2.0)
     ends = set()
     for ids, mask, terminated, text in zip(batch["input_ids"][:, 2:], batch["mask"], batch["terminated"], texts):
         ids, length = ids.tolist(), int(mask.sum())
@@ -99,13 +106,13 @@ def test_mask_includes_the_first_stop_and_nothing_after_it():
     assert ends == {1, 9, None}
 
 
-def test_samples_follow_the_softmax_whatever_the_model_came_with():
+def test_samples_follow_the_softmax_whatever_the_model_came_with(bfloat16):
     """A model that ships top_k, top_p, min_p and a repetition penalty is sampled from π_θ all the same (pitfall 3)."""
     policy, tokenizer = make_policy(llama_config(60, initializer_range=0.2)), make_tokenizer()
     policy.generation_config = GenerationConfig(do_sample=True, top_k=3, top_p=0.5, min_p=0.2, repetition_penalty=3.0)
-    sampler = reinforce.make_sampler(policy, tokenizer, reinforce.Args(max_new_tokens=1, temperature=0.7))
+    sampler = reinforce.make_sampler(policy, tokenizer, reinforce.Args(max_new_tokens=1))
     torch.manual_seed(0)
-    batch, _ = reinforce.sample(sampler, tokenizer, make_examples(*[[5, 6, 5]] * 20_000))
+    batch, _ = reinforce.sample(sampler, tokenizer, make_examples(*[[5, 6, 5]] * 20_000), 0.7)
     counts = torch.bincount(batch["input_ids"][:, -1], minlength=60).double()
     with torch.no_grad():
         expected = 20_000 * (sampler(torch.tensor([[5, 6, 5]])).logits[0, -1].double() / 0.7).softmax(dim=0)
@@ -114,17 +121,28 @@ def test_samples_follow_the_softmax_whatever_the_model_came_with():
     assert chi2 < 110, "59 degrees of freedom: 110 is exceeded once in 10,000 seeds"
 
 
-def test_sampler_is_the_policy_in_bfloat16_with_exact_rotary_frequencies():
+def test_sampler_is_the_policy_with_exact_rotary_frequencies(bfloat16):
     policy, sampler = make_sampler(llama_config(25))
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
     for ours, theirs in zip(policy.parameters(), sampler.parameters(), strict=True):
-        assert theirs.dtype == torch.bfloat16 and not theirs.requires_grad
-        assert torch.equal(ours.bfloat16(), theirs)
+        assert theirs.dtype == dtype and not theirs.requires_grad
+        assert torch.equal(ours.to(dtype), theirs)
     assert torch.equal(policy.model.rotary_emb.inv_freq, sampler.model.rotary_emb.inv_freq)
     assert sampler.model.rotary_emb.inv_freq.dtype == torch.float32
+    layout = sampler.lm_head.weight.is_contiguous()
     with torch.no_grad():
         next(policy.parameters()).add_(1.0)
     sampler.load_state_dict(policy.state_dict())
-    assert torch.equal(next(policy.parameters()).bfloat16(), next(sampler.parameters()))
+    assert torch.equal(next(policy.parameters()).to(dtype), next(sampler.parameters()))
+    assert sampler.lm_head.weight.is_contiguous() == layout == bfloat16, "refreshing keeps the layout"
+
+
+@pytest.mark.parametrize("names", [[], ["avx2", "avx512_f"], ["avx512_bf16"], ["amx_bf16"], ["neon", "bf16"]])
+def test_bfloat16_is_used_where_the_processor_has_it(names, monkeypatch):
+    """Emulated, it is three times slower than float32."""
+    capabilities = {"avx512_bf16": False, "amx_bf16": False} | dict.fromkeys(names, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert reinforce.has_bfloat16(CPU) == any("bf16" in name for name in names)
 
 
 def test_dropout_is_off(tmp_path):
@@ -143,7 +161,7 @@ def test_bfloat16_logits_are_scored_in_float32():
 
     class Stub(torch.nn.Module):
         def forward(self, logits_to_keep, **_):
-            return type("Output", (), {"logits": logits[:, -logits_to_keep:]})
+            return type("Output", (), {"logits": logits[:, logits_to_keep - 1]})
 
     batch = as_batch([2, 7], [[3, 1, 9], [4, 5, 6]], pad=1)
     ours = reinforce.compute_logprobs(Stub(), batch, 0.7)
@@ -159,15 +177,33 @@ def test_generation_uses_the_cache():
     sampler.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    reinforce.sample(sampler, make_tokenizer(eos=None), make_examples([3, 5, 7], [4]))
+    reinforce.sample(sampler, make_tokenizer(eos=None), make_examples([3, 5, 7], [4]), 1.0)
     assert widths == [3] + [1] * 7
+
+
+@pytest.mark.parametrize("config", [llama_config, gpt2_config])
+@pytest.mark.parametrize("prompts", [([3, 5, 7], [4, 8]), ([3], [4])], ids=["padded", "one token"])
+def test_a_group_shares_the_pass_over_its_prompt(config, prompts):
+    """The same draws, to the last token, as where every row reads its own prompt."""
+    _, sampler = make_sampler(config(25), double=True, max_new_tokens=8)
+    examples, shapes, batches = [row for row in make_examples(*prompts) for _ in range(4)], [], []
+    sampler.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    for group_size in (1, 4):
+        shapes.clear()
+        torch.manual_seed(0)
+        batches.append(reinforce.sample(sampler, make_tokenizer(), examples, 1.0, group_size)[0])
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+    assert len(batches[0]["input_ids"].unique(dim=0)) > 4
+    assert shapes[:2] == ([(2, 2), (8, 1)] if len(prompts[0]) > 1 else [(8, 1), (8, 1)])
 
 
 def test_greedy_samples_are_deterministic_and_as_long():
     """SCST's baseline: the same weights and length limit, no randomness (pitfall 44)."""
-    _, sampler = make_sampler(llama_config(25), max_new_tokens=7, temperature=0.9)
+    _, sampler = make_sampler(llama_config(25), max_new_tokens=7)
     examples = make_examples([3, 5, 7], [4, 8])
-    greedy = [reinforce.sample(sampler, make_tokenizer(), examples, do_sample=False)[0] for _ in range(2)]
+    greedy = [reinforce.sample(sampler, make_tokenizer(), examples, 0.0)[0] for _ in range(2)]
     assert torch.equal(greedy[0]["input_ids"], greedy[1]["input_ids"])
     assert greedy[0]["mask"].shape[1] <= 7
     for example, ids, mask in zip(examples, greedy[0]["input_ids"][:, 3:], greedy[0]["mask"]):

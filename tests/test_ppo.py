@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def run(model, folder, reward_fn=None, **args):
-    args = TINY | {"value_warmup_steps": 1} | args
+    args = TINY | {"value_warmup_steps": 1, "num_minibatches": 1} | args
     return ppo.train(ppo.Args(model=model, output_dir=str(folder), **args), reward_fn)
 
 
@@ -161,6 +161,14 @@ def test_the_first_update_is_on_policy_and_the_warm_up_leaves_the_policy_alone(m
     rows = read(warm)
     assert rows[1]["explained_variance"] == 0, "the values are 0 in the first step"
     assert [row["grad_norm"] for row in rows[1:]] == [0, 0]
+
+
+def test_lambda_is_1_in_the_warm_up(model, tmp_path, monkeypatch):
+    """The value model then learns the rewards, not its own first guesses."""
+    seen, compute_advantages = [], ppo.compute_advantages
+    monkeypatch.setattr(ppo, "compute_advantages", lambda *inputs: seen.append(inputs) or compute_advantages(*inputs))
+    run(model, tmp_path / "run", num_steps=3, value_warmup_steps=2, gae_lambda=0.9)
+    assert [inputs[-1] for inputs in seen] == [1.0, 1.0, 0.9]
 
 
 def test_it_resumes_with_its_value_model(model, tmp_path):

@@ -48,6 +48,17 @@ def test_advantages_against_a_naive_loop():
     torch.testing.assert_close(rloo.compute_advantages(rewards, G), torch.stack(expected))
 
 
+def test_loss_against_a_naive_loop():
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.arange(6)[None] < torch.tensor([1, 6, 3, 4])[:, None]).long()
+    logprobs, advantages = torch.randn(4, 6, generator=generator), torch.randn(4, generator=generator)
+    loss = 0.0
+    for i in range(4):
+        for t in range(int(mask[i].sum())):
+            loss -= advantages[i] * logprobs[i, t] / 7
+    torch.testing.assert_close(rloo.compute_loss(logprobs, advantages, mask, num_completions=7), loss)
+
+
 def test_a_group_is_one_prompt(model, tmp_path):
     """A reward that depends on the prompt alone leaves nothing to learn (pitfall 15)."""
     folder = run(model, tmp_path / "run", lambda prompts, **_: [len(prompt) / 10 for prompt in prompts], batch_size=6)
