@@ -67,6 +67,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 @dataclass
 class Args:  # a flag's comment is its --help
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train, a hub name or a folder
+    lora_rank: int = 0  # train adapters of this rank instead of all weights (needs peft); 0: all weights
     prompts: str | None = None  # JSON lines {"prompt": text or messages, ...columns}; last quarter (2 to 32) held out
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
     reward_model: str | None = None  # score by this sequence-classification model, a hub name or a folder
@@ -99,15 +100,7 @@ class Args:  # a flag's comment is its --help
     whiten_advantages: bool = False  # centre the advantages of a batch and divide by their standard deviation
 
 
-MAY_BE_ZERO = {
-    "brevity_penalty_scale",
-    "kl_coef",
-    "seed",
-    "eval_every",
-    "save_every",
-    "value_warmup_steps",
-    "gae_lambda",
-}
+MAY_BE_ZERO = "lora_rank brevity_penalty_scale kl_coef seed eval_every save_every value_warmup_steps gae_lambda".split()
 PROGRESS = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # progress bars do not belong in a log file
 
 
@@ -126,7 +119,7 @@ TOPICS = (
     "balcony bridge mountain merchant island clock garden storm chessboard "
     "ferry cheesemaker bookshop map tent desert rivalry snowfall"  # the last quarter is held out
 ).split()
-WORD = re.compile(r"\w+(?:['’]\w+)*")
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")  # an underscore ends a word, or one long word would score 1
 
 
 def lexical_richness(completions: list[str], min_words: float, penalty: float, **_) -> list[float]:
@@ -235,10 +228,30 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
 
 
+def add_lora(policy: nn.Module, args: Args) -> nn.Module:
+    """Float32 adapters beside every linear layer but the last, to be trained; all other weights are frozen."""
+    with one_line("--lora-rank needs peft: pip install peft, or here uv run --extra lora"):
+        peft = importlib.import_module("peft")
+    set_seed(args.seed)  # the same adapters in every process
+    config = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+    return peft.PeftModelForCausalLM(policy, config)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A copy with weights of its own where they are trained; it shares those that are frozen."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters() if not weight.requires_grad})
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All weights, tied ones once; with --lora-rank those of the adapters."""
+    return {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+
+
 def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
     """A copy that samples, in bfloat16 where that is fast; the float32 policy keeps the updates that it rounds away."""
-    sampler = copy.deepcopy(policy).requires_grad_(False)
-    for parameter in sampler.parameters():  # not sampler.bfloat16(), which would round the rotary frequencies too
+    sampler = copy_model(policy)
+    # Its frozen weights are the policy's own. Not sampler.bfloat16(), which would round the rotary frequencies too.
+    for parameter in sampler.parameters():
         if has_bfloat16(policy.device):
             parameter.data = parameter.data.bfloat16()
         elif parameter.dim() == 2:  # column by column, which multiplies a few rows up to four times faster (MKL)
@@ -320,7 +333,7 @@ def score_logprobs(policy: nn.Module, batch: dict[str, Tensor], args: Args) -> T
 
 def make_value_model(policy: nn.Module, name: str | None, device: torch.device) -> nn.Module:
     """A copy of the policy with one number where the logits were, 0 at first; or trunk and head of a reward model."""
-    value_model = copy.deepcopy(policy)
+    value_model = copy_model(policy)
     head = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False, device=device)
     nn.init.zeros_(head.weight)
     if name:
@@ -378,10 +391,10 @@ def evaluate(policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args:
     group_size = max(1, 32 // len(held_out))  # 32 completions, or one a prompt
     examples = [example for example in held_out for _ in range(group_size)]
     set_seed(args.seed)  # the same draws at every evaluation
-    sampler.load_state_dict(policy.state_dict())
+    sampler.load_state_dict(trained_weights(policy), strict=False)
     batch, completions = sample(sampler, tokenizer, examples, args.temperature, group_size)
     rewards = score(reward_fn, examples, completions)
-    sampler.load_state_dict(ref_weights)  # the sampler is π_ref until it is refreshed
+    sampler.load_state_dict(ref_weights, strict=False)  # the sampler is π_ref until it is refreshed
     ref_logprob = score_logprobs(sampler, batch, args).sum() / batch["mask"].sum()
     num_words = sum(len(WORD.findall(completion)) for completion in completions) / len(completions)
     standard_error = rewards.view(-1, group_size).mean(dim=1).std() / math.sqrt(len(held_out))  # over prompts
@@ -459,8 +472,11 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
     mine = slice(rank * args.batch_size, (rank + 1) * args.batch_size)  # this process's n of them
     if args.batch_size % args.num_minibatches or args.gae_lambda > 1 or args.gamma > 1:
         sys.exit("--num-minibatches must divide --batch-size, and --gamma and --gae-lambda be at most 1")
+    if args.value_model and args.lora_rank:
+        sys.exit("choose one of --value-model and --lora-rank, whose value model shares the policy's weights")
     reward_fn = reward_fn or load_reward_fn(args, device)
     policy, tokenizer = load(AutoModelForCausalLM, args.model, device)
+    policy = add_lora(policy, args) if args.lora_rank else policy
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", sys.maxsize)
     examples = load_prompts(args, tokenizer, context)
     num_held_out = max(2, min(32, len(examples) // 4))
@@ -470,11 +486,13 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
     order = [example for _ in range(num_rounds) for example in shuffle.sample(examples, len(examples))]
 
     sampler = make_sampler(policy, tokenizer, args)
-    ref_weights = copy.deepcopy(sampler.state_dict())
-    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
+    ref_weights = copy.deepcopy(trained_weights(sampler))  # with --lora-rank: adapters that add nothing
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
     value_model = make_value_model(policy, args.value_model, device)
-    value_optimizer = torch.optim.Adam(value_model.parameters(), lr=args.value_learning_rate, fused=True)
-    for parameter in [*policy.parameters(), *value_model.parameters()]:
+    value_parameters = [parameter for parameter in value_model.parameters() if parameter.requires_grad]
+    value_optimizer = torch.optim.Adam(value_parameters, lr=args.value_learning_rate, fused=True)
+    for parameter in parameters + value_parameters:
         parameter.grad = torch.zeros_like(parameter)  # zero, not None, where no completion has an advantage
     evaluation = partial(evaluate, policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args)
 
@@ -489,9 +507,9 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
             os.truncate(run / name, size)  # drops the steps after the checkpoint, which are made again
     accelerator.init_trackers("nano-rl", asdict(args), {"wandb": {"dir": run, "id": run.name, "resume": "allow"}})
     if state:
-        policy.load_state_dict(state.pop("policy"))
+        policy.load_state_dict(state.pop("policy"), strict=False)
         optimizer.load_state_dict(state.pop("optimizer"))
-        value_model.load_state_dict(state.pop("value_model"))
+        value_model.load_state_dict(state.pop("value_model"), strict=False)
         value_optimizer.load_state_dict(state.pop("value_optimizer"))
     else:
         metrics, samples = evaluation()
@@ -505,7 +523,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         # 1. sample
         set_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(32))  # a resumed run draws the same
         drawn = order[(step - 1) * num_completions : step * num_completions]  # N, of all processes
-        sampler.load_state_dict(policy.state_dict())
+        sampler.load_state_dict(trained_weights(policy), strict=False)
         batch, completions = sample(sampler, tokenizer, drawn[mine], args.temperature)
 
         # 2. score
@@ -513,7 +531,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         token_kl = torch.zeros_like(batch["mask"], dtype=torch.float32)  # (n, T), log π_old / π_ref of the copies
         if args.kl_coef:
             logprobs = score_logprobs(sampler, batch, args)  # (n, T)
-            sampler.load_state_dict(ref_weights)  # the same arithmetic, so that equal weights give a KL of exactly 0
+            sampler.load_state_dict(ref_weights, strict=False)  # the same arithmetic: equal weights have a KL of 0
             token_kl = logprobs - score_logprobs(sampler, batch, args)  # (n, T)
         order_of_rows = torch.randperm(args.batch_size).chunk(args.num_minibatches)  # one division for all the passes
         minibatches = [list(micro_batches(batch, rows.tolist(), args.micro_batch_tokens)) for rows in order_of_rows]
@@ -521,8 +539,9 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         with torch.no_grad(), autocast:
             for rows, part in sum(minibatches, []):
                 width = part["mask"].shape[1]  # T
-                old_logprobs[rows, :width] = compute_logprobs(policy, part, args.temperature)
                 old_values[rows, :width] = compute_values(value_model, part)
+                if step > args.value_warmup_steps:
+                    old_logprobs[rows, :width] = compute_logprobs(policy, part, args.temperature)
         lengths, num_tokens = batch["mask"].sum(dim=1), batch["attention_mask"].sum(dim=1)  # (n,)
         columns = torch.stack([rewards, token_kl.sum(dim=1), lengths, num_tokens, batch["terminated"]], dim=1)  # (n, 5)
         rewards, kl, lengths, num_tokens, terminated = accelerator.gather(columns).T  # (N,) each
@@ -558,12 +577,12 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
                 moved = ((logprobs.detach() - old).exp() - 1) * part_advantages.sign()  # (n, T), ρ - 1 along Â
                 sums += torch.stack([-logprobs.detach().sum(), (moved > args.clip_coef).sum(), part["mask"].sum()])
             if accelerator.num_processes > 1:
-                for parameter in [*policy.parameters(), *value_model.parameters()]:
+                for parameter in parameters + value_parameters:
                     parameter.grad = accelerator.reduce(parameter.grad)  # the sum: (5) and (6) are divided by N already
-            torch.nn.utils.clip_grad_norm_(value_model.parameters(), args.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(value_parameters, args.max_grad_norm)
             value_optimizer.step()
             value_optimizer.zero_grad(set_to_none=False)
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             if step > args.value_warmup_steps:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=False)
@@ -589,11 +608,14 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
             report(run, args, bar, metrics, samples)
         if is_main and args.save_every and step % args.save_every == 0:
             sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
-            tensors = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
-            tensors |= {"value_model": value_model.state_dict(), "value_optimizer": value_optimizer.state_dict()}
+            tensors = {"policy": trained_weights(policy), "optimizer": optimizer.state_dict()}
+            tensors |= {"value_model": trained_weights(value_model), "value_optimizer": value_optimizer.state_dict()}
             checkpoint = state | tensors | {"log_sizes": sizes, "args": asdict(args)}
             save(run / "checkpoint.pt", partial(torch.save, checkpoint))
 
+    if is_main and args.lora_rank:
+        save(run / "adapter", partial(policy.save_pretrained, save_embedding_layers=False))
+        policy = copy.deepcopy(policy).float().merge_and_unload()  # a model like any other
     if is_main:
         save(run / "policy", lambda folder: (policy.save_pretrained(folder), tokenizer.save_pretrained(folder)))
         bar.write(f"trained policy: {run / 'policy'}")

@@ -398,6 +398,7 @@ def divided(tmp_path: Path, name: str, processes: int, **args) -> Path:
         ("remax", {"kl_coef": 0.1}),
         ("raft", {"kl_coef": 0.1, "num_epochs": 2}),
         ("grpo", {"num_updates": 2}),
+        ("grpo", {"lora_rank": 2, "learning_rate": 0.02}),
         (
             "ppo",
             {

@@ -1,0 +1,236 @@
+"""NanoRL's RLOO and GRPO beside TRL's, on the same work: seconds a step, where they go, and peak memory.
+
+    uv run --with trl==1.16.0 --with datasets tests/benchmark.py
+    uv run --with trl==1.16.0 --with datasets tests/benchmark.py --completions 8 32 64 --lengths 64 --algorithms grpo
+
+Each run is a process of its own, and the two take turns. Model, prompts, group size, precision, learning rate and KL
+(none) are the same, and every completion has the full length, so that both compute the same number of tokens. TRL's
+other settings are its defaults but for gradient checkpointing, which is off: it would cost time to save memory.
+"""
+
+import importlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import nano_rl.reinforce as reinforce  # noqa: E402
+
+GROUP_SIZE = 4
+
+
+@dataclass
+class Args:
+    algorithms: tuple[str, ...] = ("rloo", "grpo")  # of both
+    completions: tuple[int, ...] = (16,)  # completions a step, each a size of its own
+    lengths: tuple[int, ...] = (64,)  # tokens of a completion, each a size of its own
+    rounds: int = 1  # turns of each
+    steps: int = 3  # steps that count; one more comes first
+    model: str | None = None  # folder of the model; SmolLM2 from the demo group if not given
+    job: str | None = None  # one run, as JSON; the benchmark starts itself with it
+
+
+def reward(prompts, completions, **_) -> list[float]:
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+    return reinforce.lexical_richness(texts, min_words=1, penalty=0.0)
+
+
+class Clock:
+    """Seconds spent in wrapped functions, by name, since the last step."""
+
+    def __init__(self) -> None:
+        self.spent, self.steps = defaultdict(float), []
+
+    def wrap(self, name: str, function):
+        def timed(*inputs, **options):
+            start = time.perf_counter()
+            result = function(*inputs, **options)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.spent[name] += time.perf_counter() - start
+            return result
+
+        return timed
+
+    def end_step(self, seconds: float) -> None:
+        self.steps.append({"step": seconds, "training": seconds - sum(self.spent.values()), **self.spent})
+        self.spent.clear()
+
+
+def run_nano_rl(job: dict, clock: Clock, folder: str) -> None:
+    file = importlib.import_module(f"nano_rl.{job['algorithm']}")
+    make_sampler = file.make_sampler
+
+    def full_length_sampler(*inputs):
+        sampler = make_sampler(*inputs)
+        sampler.generation_config.min_new_tokens = job["length"]
+        return sampler
+
+    def report(run, args, bar, metrics, samples) -> None:
+        if metrics["step"]:
+            assert metrics["completions/mean_length"] == job["length"]
+            clock.end_step(metrics["step_time"])
+
+    file.make_sampler, file.report, file.evaluate = full_length_sampler, report, lambda *_: ({"eval/reward": 0.0}, [])
+    file.sample, file.score = clock.wrap("sampling", file.sample), clock.wrap("scoring", file.score)
+    sizes = {"batch_size": job["completions"], "group_size": GROUP_SIZE, "max_new_tokens": job["length"]}
+    file.train(file.Args(model=job["model"], num_steps=job["steps"], output_dir=folder, eval_every=0, **sizes), reward)
+
+
+def run_trl(job: dict, clock: Clock, folder: str) -> None:
+    import datasets
+    import transformers
+    import trl
+
+    trainer_class = {"rloo": trl.RLOOTrainer, "grpo": trl.GRPOTrainer}[job["algorithm"]]
+    config_class = {"rloo": trl.RLOOConfig, "grpo": trl.GRPOConfig}[job["algorithm"]]
+    cuda = torch.cuda.is_available()
+    config = config_class(
+        output_dir=folder,
+        per_device_train_batch_size=job["completions"],
+        num_generations=GROUP_SIZE,
+        max_completion_length=job["length"],
+        generation_kwargs={"min_new_tokens": job["length"]},
+        temperature=reinforce.Args.temperature,
+        learning_rate=reinforce.Args.learning_rate,
+        max_steps=job["steps"],
+        beta=0.0,
+        bf16=reinforce.has_bfloat16(torch.device("cuda" if cuda else "cpu")),
+        use_cpu=not cuda,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **({"loss_type": "grpo"} if job["algorithm"] == "grpo" else {}),
+    )
+
+    class Steps(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            clock.end_step(time.perf_counter() - self.start)
+
+    prompts = [f"Write a long story about a {topic}." for topic in reinforce.TOPICS]
+    rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts]
+    trainer_class._generate = clock.wrap("sampling", trainer_class._generate)
+    trainer_class._calculate_rewards = clock.wrap("scoring", trainer_class._calculate_rewards)
+    model, tokenizer = reinforce.load(transformers.AutoModelForCausalLM, job["model"], torch.device("cpu"))
+    trainer_class(
+        model=model,
+        args=config,
+        reward_funcs=reward,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Steps()],
+    ).train()
+
+
+def run_job(job: dict) -> dict:
+    """Medians over the steps, in seconds, and the peak of the process's memory in GB."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        {"nano_rl": run_nano_rl, "trl": run_trl}[job["framework"]](job, clock, folder)
+    steps = clock.steps[1:]  # the first one also warms up
+    seconds = {name: median(step[name] for step in steps) for name in ("step", "sampling", "scoring", "training")}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return seconds | {"memory": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak}
+
+
+def best_seconds(function, repeats: int = 5) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def machine_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of a large matrix product, and bytes/s read and written by a large copy."""
+    a = torch.randn(2048, 2048, device=device).to(dtype)
+    source = torch.zeros(2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * 2048**3 / best_seconds(lambda: a @ a), 2 * 4 * 2**26 / best_seconds(lambda: target.copy_(source))
+
+
+def bounds(model, job: dict, prompt_tokens: int, limits: tuple[float, float], dtype: torch.dtype) -> dict:
+    """Seconds that the machine's limits leave: sampling reads weights and cache for each token, training is 6 FLOP a
+    weight and token (2 forward, 4 backward)."""
+    flops, bandwidth = limits
+    weights, config = sum(weight.numel() for weight in model.parameters()), model.config
+    cache_row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # numbers a token
+    cached = job["completions"] * (prompt_tokens + job["length"] / 2) * cache_row
+    sampling = job["length"] * (weights + cached) * dtype.itemsize / bandwidth
+    return {
+        "sampling": sampling,
+        "training": 6 * weights * job["completions"] * (prompt_tokens + job["length"]) / flops,
+    }
+
+
+def main(args: Args) -> None:
+    if args.job:
+        print("\n" + json.dumps(run_job(json.loads(args.job))))
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if reinforce.has_bfloat16(device) else torch.float32
+    limits = machine_limits(device, dtype)
+    flops, bandwidth = (f"{limit / 1e9:.0f}" for limit in limits)
+    print(f"{device}, {torch.get_num_threads()} threads, {dtype}: {flops} GFLOP/s, {bandwidth} GB/s\n")
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = reinforce.load(
+            reinforce.AutoModelForCausalLM, args.model or reinforce.Args.model, torch.device("cpu")
+        )
+        model.save_pretrained(folder)  # a folder that both load alike
+        tokenizer.save_pretrained(folder)
+        examples = reinforce.load_prompts(reinforce.Args(), tokenizer, model.config.max_position_embeddings)
+        prompt_tokens = max(len(example["prompt_ids"]) for example in examples)
+        print("| round | algorithm | completions x tokens | | s/step | sampling | scoring | training | tokens/s | GB |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
+        for turn in range(args.rounds):
+            for algorithm in args.algorithms:
+                for completions in args.completions:
+                    for length in args.lengths:
+                        job = {"algorithm": algorithm, "completions": completions, "length": length}
+                        compare(
+                            turn, job | {"model": folder, "steps": args.steps + 1}, model, prompt_tokens, limits, dtype
+                        )
+
+
+def compare(turn: int, job: dict, model, prompt_tokens: int, limits: tuple[float, float], dtype: torch.dtype) -> None:
+    """A row for each of the two, one for their ratio, and one for how near NanoRL is to the machine's limits."""
+    size = f"| {turn + 1} | {job['algorithm']} | {job['completions']} x {job['length']} |"
+    results = {}
+    for framework in ("nano_rl", "trl") if turn % 2 == 0 else ("trl", "nano_rl"):
+        command = [sys.executable, __file__, "--job", json.dumps(job | {"framework": framework})]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{framework} failed on {job}:\n{done.stderr}")
+        ours = results[framework] = json.loads(done.stdout.splitlines()[-1])
+        seconds = " | ".join(f"{ours[name]:.2f}" for name in ("step", "sampling", "scoring", "training"))
+        speed = job["completions"] * job["length"] / ours["step"]
+        print(f"{size} {framework} | {seconds} | {speed:.0f} | {ours['memory']:.2f} |", flush=True)
+    ratio = {name: results["nano_rl"][name] / results["trl"][name] for name in results["trl"]}
+    print(
+        f"{size} ratio | **{ratio['step']:.2f}** | {ratio['sampling']:.2f} | | {ratio['training']:.2f} | "
+        f"{1 / ratio['step']:.2f} | **{ratio['memory']:.2f}** |"
+    )
+    least = bounds(model, job, prompt_tokens, limits, dtype)
+    shares = {name: f"{least[name] / results['nano_rl'][name]:.0%}" for name in least}
+    print(f"{size} of the limit | | {shares['sampling']} | | {shares['training']} | | |", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
