@@ -1,37 +1,37 @@
-"""PPO: a value model predicts the reward token by token, and the clipped ratio bounds several steps on one batch.
+"""PPO: a value model predicts, before each token, the reward to come; a clipped ratio allows several steps on a batch.
 
 Schulman et al. 2017 (arXiv 1707.06347), for language models Ziegler et al. 2019 (1909.08593) and, in its details, Huang
 et al. 2024 (2403.17031). The token is the action, the prompt and the tokens before it are the state.
 
     r_t = -β [log π_old(y_t) - log π_ref(y_t)], plus the completion's reward at its last token                (1)
-    δ_t = r_t + γ V(t+1) - V(t)            V(t) is read before token t, and is 0 after the last               (2)
-    Â_t = Σ_l (γλ)^l δ_t+l                 generalised advantage estimation, 1506.02438                       (3)
-    R_t = Â_t + V(t)                       what V(t) should have been                                         (4)
+    δ_t = r_t + γ V_old(t+1) - V_old(t)    V_old(t) is read before token t, and is 0 after the last           (2)
+    Â_t = Σ_l (γλ)^l δ_{t+l}               generalised advantage estimation, 1506.02438                       (3)
+    R_t = Â_t + V_old(t)                   what V(t) should have been                                         (4)
     L   = -1/N Σ_i Σ_t min(ρ_t Â_t, clip(ρ_t, 1-ε, 1+ε) Â_t),  ρ_t = π_θ(y_t) / π_old(y_t)                    (5)
-    L_V = 1/N Σ_i Σ_t 1/2 max((V_t - R_t)², (clip(V_t, V_old - ε_V, V_old + ε_V) - R_t)²)                     (6)
+    L_V = 1/N Σ_i Σ_t 1/2 max((V(t) - R_t)², (clip(V(t), V_old(t) - ε_V, V_old(t) + ε_V) - R_t)²)             (6)
 
-With λ = 1 the gradient of (5), in the first update, is that of E[R] whatever V is; a smaller λ trusts V and takes noise
-away. V starts at 0, which says that every token is good news: --value-warmup-steps lets it learn first.
+With γ = λ = 1 the gradient of (5), in the first update, is that of -E[Σ_t r_t] whatever V is; a smaller λ trusts V and
+takes noise away. V starts at 0, as if every token of a good answer were news: --value-warmup-steps lets it learn.
 
-B = N prompts a step, one completion of each, n of them in one process or micro-batch; P prompt tokens, T completion
-tokens, V words of vocabulary.
+B = N prompts a step (in (5) and (6) N is those of a minibatch), one completion of each, n of them in one process or
+micro-batch; P prompt tokens, T completion tokens, V words of vocabulary.
 
     for each step:
         1. sample      a completion y_i of each of N prompts x_i from π_θ, at --temperature
-        2. score       r_t, V_old and, where β > 0, the log-ratio to π_ref                                    (1)
-        3. advantages  Â_t and R_t                                                                        (2)-(4)
-        4. update      --num-updates times over --num-minibatches: a step on (5) and one on (6); ρ = 1 in the first
+        2. score       the reward, V_old, log π_old and, where β > 0, the log-ratio to π_ref
+        3. advantages  r_t, Â_t and R_t                                                                   (1)-(4)
+        4. update      --num-updates passes over --num-minibatches: a step on (6) and, after the warm-up, one on (5)
 
 Differs from the papers:
     1. (5) and (6) sum over a completion's tokens, where the papers average over all tokens of the batch: the same up to
        a constant at equal lengths, and unbiased at unequal ones. Gradients are scaled down to --max-grad-norm.
     2. A copy of the policy samples, in bfloat16 where the hardware has it; the difference is not corrected. The
-       log-ratio in (1) is that of two copies.
-    3. The value model is a model of its own, with a learning rate of its own, so (6) needs no coefficient.
-    4. A completion cut off at T ends there: its last token has the reward, and V is 0 after it.
-    5. In the warm-up λ is 1: V learns from the rewards, not from its own first guesses (Yuan et al. 2025, 2503.01491).
+       log-ratio in (1) is that of two copies. V has bfloat16's three digits there.
+    3. The value model is one of its own, so (6) needs no coefficient. No entropy bonus; Â is whitened only on demand.
+    4. A completion cut off at T ends there: V is 0 after it. The minibatches are the same in every pass.
+    5. The first steps train V alone, with λ = 1: on rewards, not its own guesses (Yuan et al. 2025, 2503.01491).
 
-Adds to GRPO: the value model, and an advantage for each token.
+Adds to GRPO: the value model, and an advantage for each token; the KL moves from the loss into the reward.
 
 Run: uv run -m nano_rl.ppo
 """
@@ -88,14 +88,14 @@ class Args:  # a flag's comment is its --help
     resume: str | None = None  # folder of a run to go on with, under its own arguments; only --num-steps may change
     track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
     # Algorithm
-    value_model: str | None = None  # start of the value model: a one-label reward model of the policy's architecture
-    value_learning_rate: float = 1e-4  # step size of the value model's Adam
+    value_model: str | None = None  # one-label reward model, of the policy's architecture, to start it from
+    value_learning_rate: float = 2e-4  # step size of the value model's Adam
     value_warmup_steps: int = 4  # first steps, in which the value model alone is trained
     gamma: float = 1.0  # discount of later rewards (γ)
-    gae_lambda: float = 0.95  # 1: advantages from the rewards alone; smaller: more from the values (λ)
+    gae_lambda: float = 0.95  # 1: values are only a baseline; smaller: they stand in for later rewards (λ)
     clip_coef: float = 0.2  # clip range of the ratio (ε)
-    value_clip: float = 1.0  # clip range of the values (ε_V), in units of the reward
-    num_minibatches: int = 4  # steps in one pass over the samples
+    value_clip: float = 1.0  # clip range of the values (ε_V); 1 is idle on rewards from 0 to 1
+    num_minibatches: int = 2  # steps in one pass over the samples
     num_updates: int = 1  # passes over one batch of samples
     whiten_advantages: bool = False  # centre the advantages of a batch and divide by their standard deviation
 
@@ -122,9 +122,9 @@ TOPICS = (
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")  # an underscore ends a word, or one long word would score 1
 
 
-def lexical_richness(completions: list[str], min_words: float, penalty: float, **_) -> list[float]:
+def lexical_richness(completions: list, min_words: float, penalty: float, **_) -> list[float]:
     """Type-token ratio, distinct words / words (0 if there are none), less a penalty for fewer than `min_words`."""
-    texts = [WORD.findall(completion.casefold()) for completion in completions]
+    texts = [WORD.findall(as_messages(c, "assistant")[-1]["content"].casefold()) for c in completions]
     return [len(set(text)) / max(1, len(text)) - penalty * max(0.0, 1 - len(text) / min_words) for text in texts]
 
 
@@ -225,7 +225,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies in bfloat16: emulated, it is three times slower than float32."""
     if device.type != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
+    names = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, Arm; oneDNN uses them
+    return torch.backends.mkldnn.is_available() and any(torch.cpu.get_capabilities().get(name) for name in names)
 
 
 def add_lora(policy: nn.Module, args: Args) -> nn.Module:
@@ -250,7 +251,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
     """A copy that samples, in bfloat16 where that is fast; the float32 policy keeps the updates that it rounds away."""
     sampler = copy_model(policy)
-    # Its frozen weights are the policy's own. Not sampler.bfloat16(), which would round the rotary frequencies too.
+    # Frozen weights are the policy's own, and rounded there too. sampler.bfloat16() would round rotary frequencies.
     for parameter in sampler.parameters():
         if has_bfloat16(policy.device):
             parameter.data = parameter.data.bfloat16()
@@ -277,14 +278,14 @@ def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: flo
         tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (N, 1)
         return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
 
-    cache = None
+    prefix_cache = None
     if group_size > 1 and prompts["input_ids"].shape[1] > 1:  # a group's prompt, but for its last token, is read once
         prefix = {name: tensor[::group_size, :-1] for name, tensor in prompts.items()}  # (B, P - 1)
         position_ids = (prefix["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        cache = sampler(**prefix, position_ids=position_ids, logits_to_keep=1, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(group_size)
+        prefix_cache = sampler(**prefix, position_ids=position_ids, logits_to_keep=1, use_cache=True).past_key_values
+        prefix_cache.batch_repeat_interleave(group_size)
     processors = [draw] if temperature else []
-    input_ids = sampler.generate(**prompts, past_key_values=cache, logits_processor=processors)  # (N, P + T)
+    input_ids = sampler.generate(**prompts, past_key_values=prefix_cache, logits_processor=processors)  # (N, P + T)
     completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (N, T)
     stop_ids = torch.tensor(sampler.generation_config.eos_token_id or [], device=sampler.device)
     is_stop = torch.isin(completion_ids, stop_ids).long()  # (N, T)
@@ -464,6 +465,8 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
     """Trains, on the rewards of `reward_fn` where one is given (also to resume), and returns the run's folder."""
     load_dotenv()  # HF_TOKEN, WANDB_API_KEY
     os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+    if torch.backends.mps.is_available():  # a Mac's GPU, which has no float64
+        os.environ.setdefault("ACCELERATE_USE_CPU", "1")
     args, state = start_run(args)
     accelerator = Accelerator(log_with="wandb" if args.track else None)
     device, rank, is_main = accelerator.device, accelerator.process_index, accelerator.is_main_process
@@ -493,7 +496,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
     value_parameters = [parameter for parameter in value_model.parameters() if parameter.requires_grad]
     value_optimizer = torch.optim.Adam(value_parameters, lr=args.value_learning_rate, fused=True)
     for parameter in parameters + value_parameters:
-        parameter.grad = torch.zeros_like(parameter)  # zero, not None, where no completion has an advantage
+        parameter.grad = torch.zeros_like(parameter)  # zero, not None: the policy has no gradient in the warm-up
     evaluation = partial(evaluate, policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args)
 
     run = Path(args.output_dir)
@@ -519,7 +522,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
             report(run, args, bar, {"step": 0} | metrics, samples)
 
     for step in bar:
-        start_time = time.perf_counter()
+        start_time, warm_up = time.perf_counter(), step <= args.value_warmup_steps  # which trains V alone
         # 1. sample
         set_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(32))  # a resumed run draws the same
         drawn = order[(step - 1) * num_completions : step * num_completions]  # N, of all processes
@@ -533,35 +536,34 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
             logprobs = score_logprobs(sampler, batch, args)  # (n, T)
             sampler.load_state_dict(ref_weights, strict=False)  # the same arithmetic: equal weights have a KL of 0
             token_kl = logprobs - score_logprobs(sampler, batch, args)  # (n, T)
-        order_of_rows = torch.randperm(args.batch_size).chunk(args.num_minibatches)  # one division for all the passes
-        minibatches = [list(micro_batches(batch, rows.tolist(), args.micro_batch_tokens)) for rows in order_of_rows]
+        divided = torch.randperm(args.batch_size).chunk(args.num_minibatches)  # once: equal batches make ρ exactly 1
+        minibatches = [list(micro_batches(batch, rows.tolist(), args.micro_batch_tokens)) for rows in divided]
         old_logprobs, old_values = torch.zeros_like(token_kl), torch.zeros_like(token_kl)  # (n, T)
         with torch.no_grad(), autocast:
             for rows, part in sum(minibatches, []):
                 width = part["mask"].shape[1]  # T
                 old_values[rows, :width] = compute_values(value_model, part)
-                if step > args.value_warmup_steps:
+                if not warm_up:
                     old_logprobs[rows, :width] = compute_logprobs(policy, part, args.temperature)
         lengths, num_tokens = batch["mask"].sum(dim=1), batch["attention_mask"].sum(dim=1)  # (n,)
         columns = torch.stack([rewards, token_kl.sum(dim=1), lengths, num_tokens, batch["terminated"]], dim=1)  # (n, 5)
         rewards, kl, lengths, num_tokens, terminated = accelerator.gather(columns).T  # (N,) each
 
         # 3. advantages
-        gae_lambda = args.gae_lambda if step > args.value_warmup_steps else 1.0
-        coefs = (args.kl_coef, args.gamma, gae_lambda)
+        coefs = (args.kl_coef, args.gamma, 1.0 if warm_up else args.gae_lambda)
         advantages, returns = compute_advantages(rewards[mine], token_kl, old_values, batch["mask"], *coefs)  # (n, T)
-        kept = batch["mask"].bool()
-        moments = [torch.stack([torch.ones_like(x), x, x**2]) for x in (advantages, returns, returns - old_values)]
-        moments = accelerator.reduce(torch.stack([moment[:, kept].sum(dim=1) for moment in moments]))  # (3, 3)
-        means = moments[:, 1] / moments[:, 0]  # over the tokens of all processes
-        advantage_var, return_var, error_var = moments[:, 2] / moments[:, 0] - means**2
+        tokens = torch.stack([advantages, returns])[:, batch["mask"].bool()].double()  # (2, number of tokens)
+        moments = torch.stack([torch.ones_like(tokens), tokens, tokens**2]).sum(dim=2)  # (3, 2)
+        count, total, squares = accelerator.reduce(moments)  # (2,) each, over the tokens of all processes
+        means = total / count
+        advantage_var, return_var = (squares / count - means**2).clamp(min=0)
         if args.whiten_advantages:
             advantages = (advantages - means[0]) / (advantage_var.sqrt() + 1e-4) * batch["mask"]
 
         # 4. update
         sums = torch.zeros(3, device=device)  # over the tokens of all updates: -log π, clipped ones, all
+        num_trained = num_completions // args.num_minibatches  # the N of (5) and (6)
         for minibatch in minibatches * args.num_updates:
-            num_trained = num_completions // args.num_minibatches
             for rows, part in minibatch:
                 width = part["mask"].shape[1]  # T
                 old, part_advantages = old_logprobs[rows, :width], advantages[rows, :width]  # (n, T)
@@ -569,7 +571,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
                     values = compute_values(value_model, part)  # (n, T)
                 targets = (old_values[rows, :width], returns[rows, :width])  # (n, T)
                 compute_value_loss(values, *targets, part["mask"], args.value_clip, num_trained).backward()
-                if step <= args.value_warmup_steps:
+                if warm_up:
                     continue
                 with autocast:
                     logprobs = compute_logprobs(policy, part, args.temperature)  # (n, T)
@@ -583,11 +585,11 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
             value_optimizer.step()
             value_optimizer.zero_grad(set_to_none=False)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            if step > args.value_warmup_steps:
+            if not warm_up:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=False)
         sums = accelerator.reduce(sums)
-        entropy = (sums[0] / sums[2]).item() if sums[2] else None  # of a token, estimated where it trains
+        entropy = (sums[0] / sums[2]).item() if sums[2] else None  # of a token, over those trained on
 
         state |= {"step": step, "num_tokens": state["num_tokens"] + int(num_tokens.sum())}
         metrics = {"step": step, "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
@@ -597,7 +599,8 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         metrics |= {"entropy": entropy, "kl": (kl.sum() / lengths.sum()).item() if args.kl_coef else None}  # of a token
         metrics |= {"clip_ratio/region_mean": (sums[1] / sums[2].clamp(min=1)).item()}
         metrics |= {"grad_norm": grad_norm.item(), "learning_rate": args.learning_rate}
-        metrics |= {"explained_variance": (1 - error_var / return_var).item() if return_var > 0 else None}
+        explained = (1 - advantage_var / return_var).item() if return_var > 1e-6 else None  # R - V_old is Â, by (4)
+        metrics |= {"explained_variance": explained}
         metrics |= {"num_tokens": state["num_tokens"], "step_time": time.perf_counter() - start_time}
         samples = as_rows("train", drawn, gather_object(completions), rewards)
         if step == args.num_steps or args.eval_every and step % args.eval_every == 0:

@@ -114,9 +114,9 @@ TOPICS = (
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")  # an underscore ends a word, or one long word would score 1
 
 
-def lexical_richness(completions: list[str], min_words: float, penalty: float, **_) -> list[float]:
+def lexical_richness(completions: list, min_words: float, penalty: float, **_) -> list[float]:
     """Type-token ratio, distinct words / words (0 if there are none), less a penalty for fewer than `min_words`."""
-    texts = [WORD.findall(completion.casefold()) for completion in completions]
+    texts = [WORD.findall(as_messages(c, "assistant")[-1]["content"].casefold()) for c in completions]
     return [len(set(text)) / max(1, len(text)) - penalty * max(0.0, 1 - len(text) / min_words) for text in texts]
 
 
@@ -217,7 +217,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies in bfloat16: emulated, it is three times slower than float32."""
     if device.type != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
+    names = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, Arm; oneDNN uses them
+    return torch.backends.mkldnn.is_available() and any(torch.cpu.get_capabilities().get(name) for name in names)
 
 
 def add_lora(policy: nn.Module, args: Args) -> nn.Module:
@@ -242,7 +243,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
     """A copy that samples, in bfloat16 where that is fast; the float32 policy keeps the updates that it rounds away."""
     sampler = copy_model(policy)
-    # Its frozen weights are the policy's own. Not sampler.bfloat16(), which would round the rotary frequencies too.
+    # Frozen weights are the policy's own, and rounded there too. sampler.bfloat16() would round rotary frequencies.
     for parameter in sampler.parameters():
         if has_bfloat16(policy.device):
             parameter.data = parameter.data.bfloat16()
@@ -269,14 +270,14 @@ def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: flo
         tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (N, 1)
         return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
 
-    cache = None
+    prefix_cache = None
     if group_size > 1 and prompts["input_ids"].shape[1] > 1:  # a group's prompt, but for its last token, is read once
         prefix = {name: tensor[::group_size, :-1] for name, tensor in prompts.items()}  # (B, P - 1)
         position_ids = (prefix["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        cache = sampler(**prefix, position_ids=position_ids, logits_to_keep=1, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(group_size)
+        prefix_cache = sampler(**prefix, position_ids=position_ids, logits_to_keep=1, use_cache=True).past_key_values
+        prefix_cache.batch_repeat_interleave(group_size)
     processors = [draw] if temperature else []
-    input_ids = sampler.generate(**prompts, past_key_values=cache, logits_processor=processors)  # (N, P + T)
+    input_ids = sampler.generate(**prompts, past_key_values=prefix_cache, logits_processor=processors)  # (N, P + T)
     completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (N, T)
     stop_ids = torch.tensor(sampler.generation_config.eos_token_id or [], device=sampler.device)
     is_stop = torch.isin(completion_ids, stop_ids).long()  # (N, T)
@@ -420,6 +421,8 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
     """Trains, on the rewards of `reward_fn` where one is given (also to resume), and returns the run's folder."""
     load_dotenv()  # HF_TOKEN, WANDB_API_KEY
     os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+    if torch.backends.mps.is_available():  # a Mac's GPU, which has no float64
+        os.environ.setdefault("ACCELERATE_USE_CPU", "1")
     args, state = start_run(args)
     accelerator = Accelerator(log_with="wandb" if args.track else None)
     device, rank, is_main = accelerator.device, accelerator.process_index, accelerator.is_main_process
@@ -508,7 +511,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
             for parameter in parameters:
                 parameter.grad = accelerator.reduce(parameter.grad)  # the sum: (3) is divided by N already
         surprise = accelerator.reduce(surprise)
-        entropy = (surprise[0] / surprise[1]).item() if surprise[1] else None  # of a token, estimated where it trains
+        entropy = (surprise[0] / surprise[1]).item() if surprise[1] else None  # of a token, over those trained on
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)

@@ -45,6 +45,17 @@ def test_clipping(advantage, ratio, loss, slope):
     assert value.item() == pytest.approx(loss) and ratio.grad.item() == pytest.approx(slope)
 
 
+def test_a_loss_of_zero_has_a_gradient():
+    """On policy the advantages of a group cancel in the loss, not in its gradient (pitfall 30)."""
+    logprobs = torch.tensor([[-1.0, -2.0], [-0.5, -1.5]], requires_grad=True)
+    old, mask = logprobs.detach(), torch.ones(2, 2)
+    loss = grpo.compute_loss(
+        logprobs, old, old, grpo.compute_advantages(torch.tensor([0.0, 1.0]), 2), mask, 0.2, 0.0, 2
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-7) and logprobs.grad.abs().min() > 0.1
+
+
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 @pytest.mark.parametrize("off_policy", [False, True])
 def test_the_expected_gradient_is_that_of_the_stated_objective(off_policy, kl_coef):

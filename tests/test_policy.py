@@ -13,17 +13,32 @@ from tiny import (
     exact_logprobs,
     float64,
     gpt2_config,
+    gradient,
     llama_config,
     make_policy,
     make_tokenizer,
     save_policy,
     save_reward_model,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    CohereConfig,
+    Gemma2Config,
+    GenerationConfig,
+)
 
 import nano_rl.reinforce as reinforce
 
 CPU = torch.device("cpu")
+SMALL = {"vocab_size": 25, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "initializer_range": 0.5}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2}
+
+
+def gemma_config(_) -> Gemma2Config:
+    """With a softcap on the logits, and every second layer looking back four tokens."""
+    return Gemma2Config(head_dim=8, final_logit_softcapping=2.0, sliding_window=4, **SMALL)
 
 
 @pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
@@ -143,6 +158,8 @@ def test_bfloat16_is_used_where_the_processor_has_it(names, monkeypatch):
     capabilities = {"avx512_bf16": False, "amx_bf16": False} | dict.fromkeys(names, True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert reinforce.has_bfloat16(CPU) == any("bf16" in name for name in names)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not reinforce.has_bfloat16(CPU)
 
 
 def test_dropout_is_off(tmp_path):
@@ -170,6 +187,19 @@ def test_bfloat16_logits_are_scored_in_float32():
     assert (ours - exact).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["softcap", "scale"])
+def test_logprobs_are_the_models_own(kind):
+    """A softcap or a scale on the logits is in them, and in their gradient (pitfall 11)."""
+    config = gemma_config(25) if kind == "softcap" else CohereConfig(logit_scale=0.3, **SMALL)
+    policy = make_policy(config)
+    batch = as_batch([2, 7], [[3, 4, 1], [5, 8, 9]], pad=0)
+    dense = (policy(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 1:-1] / 0.7).log_softmax(-1)
+    dense = dense.gather(2, batch["input_ids"][:, 2:, None])[:, :, 0]
+    ours = reinforce.compute_logprobs(policy, batch, 0.7)
+    torch.testing.assert_close(ours, dense)
+    torch.testing.assert_close(gradient(ours.sum(), policy), gradient(dense.sum(), policy), atol=1e-4, rtol=1e-3)
+
+
 def test_generation_uses_the_cache():
     """One pass over the prompt, then one token at a time (pitfall 10)."""
     _, sampler = make_sampler(llama_config(25, eos_token_id=None), make_tokenizer(eos=None), max_new_tokens=8)
@@ -181,7 +211,7 @@ def test_generation_uses_the_cache():
     assert widths == [3] + [1] * 7
 
 
-@pytest.mark.parametrize("config", [llama_config, gpt2_config])
+@pytest.mark.parametrize("config", [llama_config, gpt2_config, gemma_config])
 @pytest.mark.parametrize("prompts", [([3, 5, 7], [4, 8]), ([3], [4])], ids=["padded", "one token"])
 def test_a_group_shares_the_pass_over_its_prompt(config, prompts):
     """The same draws, to the last token, as where every row reads its own prompt."""
@@ -259,6 +289,7 @@ def test_lexical_richness():
     assert reward("don't don’t Straße STRASSE café") == pytest.approx(4 / 5)
     assert reward("a_b_a") == pytest.approx(2 / 3)  # PPO found out that \w+ reads it as one word
     assert reward("") == reward("... !") == 0
+    assert reward([{"role": "assistant", "content": "the cat the dog"}]) == 3 / 4  # the answer to a conversation
     assert reward("", penalty=0.5) == -0.5
     assert reward("one two three four five", penalty=0.5) == pytest.approx(1 - 0.5 * 0.5)
     assert reward("a b c d e f g h i j k", penalty=0.5) == 1

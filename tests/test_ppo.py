@@ -171,6 +171,14 @@ def test_lambda_is_1_in_the_warm_up(model, tmp_path, monkeypatch):
     assert [inputs[-1] for inputs in seen] == [1.0, 1.0, 0.9]
 
 
+def test_equal_advantages_are_whitened_to_zero(model, tmp_path):
+    """Not to NaN: rounding can leave a variance below 0."""
+    args = {"value_warmup_steps": 0, "gae_lambda": 1.0, "whiten_advantages": True, "num_steps": 1}
+    folder = run(model, tmp_path / "run", lambda completions, **_: [0.7] * len(completions), **args)
+    row = read(folder)[1]
+    assert row["grad_norm"] == 0 and row["explained_variance"] is None
+
+
 def test_it_resumes_with_its_value_model(model, tmp_path):
     args = {"kl_coef": 0.1, "whiten_advantages": True}
     straight = run(model, tmp_path / "straight", num_steps=4, **args)

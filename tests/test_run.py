@@ -211,6 +211,17 @@ def test_micro_batches_do_not_change_a_run(model, tmp_path, monkeypatch, name):
     assert one["reward"] == all_at_once["reward"]
 
 
+def test_a_mac_computes_on_its_processor(model, tmp_path, monkeypatch):
+    """Its GPU has no float64, and accelerate would choose it."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    seen = []
+    monkeypatch.setattr(reinforce, "start_run", lambda args: sys.exit(seen.append(os.environ["ACCELERATE_USE_CPU"])))
+    with pytest.raises(SystemExit):
+        run(model, tmp_path / "run")
+    assert seen == ["1"]
+
+
 def test_equal_rewards_are_a_step_of_zero_gradient(model, tmp_path):
     folder = run(model, tmp_path / "run", reward_fn=lambda completions, **_: [0.7] * len(completions))
     metrics = read(folder)
