@@ -69,7 +69,7 @@ def test_budgets(file):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             lengths[node.name] = node.end_lineno - node.lineno + 1
     lengths["algorithm"] = lengths["compute_advantages"] + lengths["compute_loss"]
-    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 135, "file": 555}
+    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 135, "file": 560}
     if file.stem == "ppo":  # a second model
         budgets |= {"train": 165, "file": 630}
     assert {name: lengths[name] for name in budgets if lengths[name] > budgets[name]} == {}
