@@ -14,7 +14,7 @@ With γ = λ = 1 the gradient of (5), in the first update, is that of -E[Σ_t r_
 takes noise away. V starts at 0, as if every token of a good answer were news: --value-warmup-steps lets it learn.
 
 B = N prompts a step (in (5) and (6) N is those of a minibatch), one completion of each, n of them in one process or
-micro-batch; P prompt tokens, T completion tokens, V words of vocabulary.
+micro-batch; P prompt tokens, T completion tokens; in shapes, V words of vocabulary.
 
     for each step:
         1. sample      a completion y_i of each of N prompts x_i from π_θ, at --temperature
@@ -80,7 +80,7 @@ class Args:  # a flag's comment is its --help
     learning_rate: float = 4e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     kl_coef: float = 0.0  # weight of the KL to the starting policy (β); at 0 there is no pass for it
-    micro_batch_tokens: int = 2048  # most tokens, padding included, in one pass; sets memory, not the gradient
+    micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
     seed: int = 0  # of the samples and of the order of the prompts
     eval_every: int = 5  # steps between evaluations on the held-out prompts; 0: only before and after
     save_every: int = 0  # steps between checkpoints for --resume; 0: none, only the trained policy is saved
@@ -255,7 +255,7 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
     for parameter in sampler.parameters():
         if has_bfloat16(policy.device):
             parameter.data = parameter.data.bfloat16()
-        elif parameter.dim() == 2:  # column by column, which multiplies a few rows up to four times faster (MKL)
+        elif parameter.dim() == 2:  # by columns, as MKL multiplies a few rows much faster with it so
             parameter.data = parameter.data.t().contiguous().t()
     stop_ids = policy.generation_config.eos_token_id
     stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}
