@@ -66,7 +66,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 class Args:  # a flag's comment is its --help
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train, a hub name or a folder
     lora_rank: int = 0  # train adapters of this rank instead of all weights (needs peft); 0: all weights
-    prompts: str | None = None  # JSON lines {"prompt": text or messages, ...columns}; last quarter (2 to 32) held out
+    prompts: str | None = None  # JSON lines {"prompt" or "question": text or messages}; last quarter (2 to 32) held out
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
     reward_model: str | None = None  # score by this sequence-classification model, a hub name or a folder
     reward_fn: str | None = None  # score by module:function, called as in TRL, f(prompts, completions, **columns)
@@ -78,6 +78,7 @@ class Args:  # a flag's comment is its --help
     learning_rate: float = 4e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     kl_coef: float = 0.0  # weight of the KL to the starting policy (β); at 0 there is no pass for it
+    static_cache: bool = False  # sample with a cache of fixed size: a GPU then compiles the decoding, once, slowly
     micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
     seed: int = 0  # of the samples and of the order of the prompts
     eval_every: int = 5  # steps between evaluations on the held-out prompts; 0: only before and after
@@ -134,6 +135,8 @@ def load_prompts(args: Args, tokenizer, context: int) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         with one_line(f'{source}, line {number}: needs {{"prompt": text or messages}} of at most {room} tokens'):
             examples.append(json.loads(line))
+            if "prompt" not in examples[-1]:
+                examples[-1]["prompt"] = examples[-1]["question"]  # as GSM8K has it
             messages = as_messages(examples[-1]["prompt"], "user")
             text = "\n".join(message["content"] for message in messages)
             if chat:
@@ -250,9 +253,10 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
             parameter.data = parameter.data.t().contiguous().t()
     stop_ids = policy.generation_config.eos_token_id
     stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}
-    ends = {"max_new_tokens": args.max_new_tokens, "eos_token_id": sorted(stop_ids) or None}
+    options = {"max_new_tokens": args.max_new_tokens, "eos_token_id": sorted(stop_ids) or None}
+    options |= {"pad_token_id": tokenizer.pad_token_id, "cache_implementation": "static" if args.static_cache else None}
     # A new config: a top_p or repetition_penalty that came with the model would bend the samples away from π_θ.
-    sampler.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, **ends)
+    sampler.generation_config = GenerationConfig(**options)
     return sampler
 
 
@@ -270,7 +274,8 @@ def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: flo
         return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
 
     prefix_cache = None
-    if group_size > 1 and prompts["input_ids"].shape[1] > 1:  # a group's prompt, but for its last token, is read once
+    if group_size > 1 and prompts["input_ids"].shape[1] > 1 and not sampler.generation_config.cache_implementation:
+        # A group's prompt, but for its last token, is read once.
         prefix = {name: tensor[::group_size, :-1] for name, tensor in prompts.items()}  # (B, P - 1)
         position_ids = (prefix["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         prefix_cache = sampler(**prefix, position_ids=position_ids, logits_to_keep=1, use_cache=True).past_key_values

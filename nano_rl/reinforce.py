@@ -12,8 +12,8 @@ language models: the whole completion is one action, so its log-probability is t
     --baseline ema    b ← α b + (1 - α) mean(R)  the value from before this batch: unbiased
     --baseline scst   b_i = r(greedy(x_i))       its own greedy answer (Rennie et al. 2017, 1612.00563): unbiased
 
-Without a baseline all rewards, near 0.7, push alike: with the default arguments and seeds 0 to 2 the gradient's norm was
-about 120 where mean had 11, and the held-out reward fell by 0.05 on average where mean gained 0.11 (at commit c8f0ae6).
+Without a baseline all rewards, near 0.7, push alike: with the default arguments and seeds 0 to 2 the gradient's norm
+was about 120 where mean had 11, and the held-out reward fell by 0.05 where mean gained 0.11 (at commit c8f0ae6).
 
 B prompts a step, G completions of each (here 1), N = B·G, n of them in one process or micro-batch; P prompt tokens,
 T completion tokens, V words of vocabulary.
@@ -67,7 +67,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 class Args:  # a flag's comment is its --help
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train, a hub name or a folder
     lora_rank: int = 0  # train adapters of this rank instead of all weights (needs peft); 0: all weights
-    prompts: str | None = None  # JSON lines {"prompt": text or messages, ...columns}; last quarter (2 to 32) held out
+    prompts: str | None = None  # JSON lines {"prompt" or "question": text or messages}; last quarter (2 to 32) held out
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
     reward_model: str | None = None  # score by this sequence-classification model, a hub name or a folder
     reward_fn: str | None = None  # score by module:function, called as in TRL, f(prompts, completions, **columns)
@@ -79,6 +79,7 @@ class Args:  # a flag's comment is its --help
     learning_rate: float = 4e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     kl_coef: float = 0.0  # weight of the KL to the starting policy (β); at 0 there is no pass for it
+    static_cache: bool = False  # sample with a cache of fixed size: a GPU then compiles the decoding, once, slowly
     micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
     seed: int = 0  # of the samples and of the order of the prompts
     eval_every: int = 5  # steps between evaluations on the held-out prompts; 0: only before and after
@@ -135,6 +136,8 @@ def load_prompts(args: Args, tokenizer, context: int) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         with one_line(f'{source}, line {number}: needs {{"prompt": text or messages}} of at most {room} tokens'):
             examples.append(json.loads(line))
+            if "prompt" not in examples[-1]:
+                examples[-1]["prompt"] = examples[-1]["question"]  # as GSM8K has it
             messages = as_messages(examples[-1]["prompt"], "user")
             text = "\n".join(message["content"] for message in messages)
             if chat:
@@ -251,9 +254,10 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
             parameter.data = parameter.data.t().contiguous().t()
     stop_ids = policy.generation_config.eos_token_id
     stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}
-    ends = {"max_new_tokens": args.max_new_tokens, "eos_token_id": sorted(stop_ids) or None}
+    options = {"max_new_tokens": args.max_new_tokens, "eos_token_id": sorted(stop_ids) or None}
+    options |= {"pad_token_id": tokenizer.pad_token_id, "cache_implementation": "static" if args.static_cache else None}
     # A new config: a top_p or repetition_penalty that came with the model would bend the samples away from π_θ.
-    sampler.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, **ends)
+    sampler.generation_config = GenerationConfig(**options)
     return sampler
 
 
@@ -271,7 +275,8 @@ def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: flo
         return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
 
     prefix_cache = None
-    if group_size > 1 and prompts["input_ids"].shape[1] > 1:  # a group's prompt, but for its last token, is read once
+    if group_size > 1 and prompts["input_ids"].shape[1] > 1 and not sampler.generation_config.cache_implementation:
+        # A group's prompt, but for its last token, is read once.
         prefix = {name: tensor[::group_size, :-1] for name, tensor in prompts.items()}  # (B, P - 1)
         position_ids = (prefix["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         prefix_cache = sampler(**prefix, position_ids=position_ids, logits_to_keep=1, use_cache=True).past_key_values

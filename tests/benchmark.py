@@ -1,14 +1,20 @@
 """NanoRL's RLOO and GRPO beside TRL's, on the same work: seconds a step, where they go, and peak memory.
 
     uv run --with trl==1.16.0 --with datasets tests/benchmark.py
-    uv run --with trl==1.16.0 --with datasets tests/benchmark.py --completions 8 32 64 --lengths 64 --algorithms grpo
+    uv run --with trl==1.16.0 --with datasets tests/benchmark.py --completions 8 32 64 --algorithms grpo
+    uv run --extra lora tests/benchmark.py --memory
+    uv run tests/benchmark.py --generation
 
 Each run is a process of its own, and the two take turns. Model, prompts, group size, precision, learning rate and KL
 (none) are the same, and every completion has the full length, so that both compute the same number of tokens. TRL's
 other settings are its defaults but for gradient checkpointing, which is off: it would cost time to save memory.
+
+--memory shows the peak of each file instead, with all weights trained and with adapters; --generation, for a GPU, the
+speed of sampling from random weights: eager, with --static-cache, and with transformers' continuous batching.
 """
 
 import importlib
+import itertools
 import json
 import resource
 import subprocess
@@ -17,16 +23,46 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
+import transformers
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import nano_rl.reinforce as reinforce  # noqa: E402
 
+CPU = torch.device("cpu")
 GROUP_SIZE = 4
+SHAPES = {  # of models with random weights
+    "135M": {  # SmolLM2
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    "0.5B": {  # Qwen2.5
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+    "1B": {  # Llama 3.2
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
 
 
 @dataclass
@@ -37,6 +73,10 @@ class Args:
     rounds: int = 1  # turns of each
     steps: int = 3  # steps that count; one more comes first
     model: str | None = None  # folder of the model; SmolLM2 from the demo group if not given
+    shape: Literal["135M", "0.5B", "1B"] | None = None  # random weights of this shape instead
+    memory: bool = False  # show the peak memory of each file instead
+    generation: bool = False  # show the speed of sampling instead
+    rows: tuple[int, ...] = (16, 64, 256)  # completions at a time, of --generation
     job: str | None = None  # one run, as JSON; the benchmark starts itself with it
 
 
@@ -69,6 +109,9 @@ class Clock:
 
 def run_nano_rl(job: dict, clock: Clock, folder: str) -> None:
     file = importlib.import_module(f"nano_rl.{job['algorithm']}")
+    sizes = {"batch_size": job["completions"], "max_new_tokens": job["length"], "lora_rank": job.get("lora_rank", 0)}
+    if hasattr(file.Args, "group_size"):
+        sizes["group_size"] = GROUP_SIZE
     make_sampler = file.make_sampler
 
     def full_length_sampler(*inputs):
@@ -83,13 +126,11 @@ def run_nano_rl(job: dict, clock: Clock, folder: str) -> None:
 
     file.make_sampler, file.report, file.evaluate = full_length_sampler, report, lambda *_: ({"eval/reward": 0.0}, [])
     file.sample, file.score = clock.wrap("sampling", file.sample), clock.wrap("scoring", file.score)
-    sizes = {"batch_size": job["completions"], "group_size": GROUP_SIZE, "max_new_tokens": job["length"]}
     file.train(file.Args(model=job["model"], num_steps=job["steps"], output_dir=folder, eval_every=0, **sizes), reward)
 
 
 def run_trl(job: dict, clock: Clock, folder: str) -> None:
     import datasets
-    import transformers
     import trl
 
     trainer_class = {"rloo": trl.RLOOTrainer, "grpo": trl.GRPOTrainer}[job["algorithm"]]
@@ -125,7 +166,7 @@ def run_trl(job: dict, clock: Clock, folder: str) -> None:
     rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts]
     trainer_class._generate = clock.wrap("sampling", trainer_class._generate)
     trainer_class._calculate_rewards = clock.wrap("scoring", trainer_class._calculate_rewards)
-    model, tokenizer = reinforce.load(transformers.AutoModelForCausalLM, job["model"], torch.device("cpu"))
+    model, tokenizer = reinforce.load(transformers.AutoModelForCausalLM, job["model"], CPU)
     trainer_class(
         model=model,
         args=config,
@@ -145,6 +186,13 @@ def run_job(job: dict) -> dict:
     seconds = {name: median(step[name] for step in steps) for name in ("step", "sampling", "scoring", "training")}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return seconds | {"memory": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak}
+
+
+def random_model(shape: dict):
+    ends = {"eos_token_id": None, "bos_token_id": None}
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**shape, **ends, tie_word_embeddings=True)
+    ).eval()
 
 
 def best_seconds(function, repeats: int = 5) -> float:
@@ -189,24 +237,68 @@ def main(args: Args) -> None:
     limits = machine_limits(device, dtype)
     flops, bandwidth = (f"{limit / 1e9:.0f}" for limit in limits)
     print(f"{device}, {torch.get_num_threads()} threads, {dtype}: {flops} GFLOP/s, {bandwidth} GB/s\n")
+    model, tokenizer = reinforce.load(transformers.AutoModelForCausalLM, args.model or reinforce.Args.model, CPU)
+    if args.shape:
+        model = random_model(SHAPES[args.shape])
+    if args.generation or device.type == "cuda":
+        shapes = [SHAPES[args.shape]] if args.shape else SHAPES.values()
+        for shape in shapes:
+            show_generation(random_model(shape).to(device), tokenizer, args.rows, max(args.lengths), limits[1])
+    if args.generation:
+        return
+    examples = reinforce.load_prompts(reinforce.Args(), tokenizer, model.config.max_position_embeddings)
+    prompt_tokens = max(len(example["prompt_ids"]) for example in examples)
     with tempfile.TemporaryDirectory() as folder:
-        model, tokenizer = reinforce.load(
-            reinforce.AutoModelForCausalLM, args.model or reinforce.Args.model, torch.device("cpu")
-        )
-        model.save_pretrained(folder)  # a folder that both load alike
+        model.save_pretrained(folder)  # a folder that all load alike
         tokenizer.save_pretrained(folder)
-        examples = reinforce.load_prompts(reinforce.Args(), tokenizer, model.config.max_position_embeddings)
-        prompt_tokens = max(len(example["prompt_ids"]) for example in examples)
+        job = {"framework": "nano_rl", "model": folder, "steps": args.steps + 1}
+        sizes = [{"completions": n, "length": length} for n in args.completions for length in args.lengths]
+        if args.memory:
+            show_memory(job | sizes[0])
+            return
         print("| round | algorithm | completions x tokens | | s/step | sampling | scoring | training | tokens/s | GB |")
         print("|---|---|---|---|---|---|---|---|---|---|")
-        for turn in range(args.rounds):
-            for algorithm in args.algorithms:
-                for completions in args.completions:
-                    for length in args.lengths:
-                        job = {"algorithm": algorithm, "completions": completions, "length": length}
-                        compare(
-                            turn, job | {"model": folder, "steps": args.steps + 1}, model, prompt_tokens, limits, dtype
-                        )
+        for turn, algorithm, size in itertools.product(range(args.rounds), args.algorithms, sizes):
+            compare(turn, job | size | {"algorithm": algorithm}, model, prompt_tokens, limits, dtype)
+
+
+def run_process(job: dict) -> dict:
+    done = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"failed: {job}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show_memory(job: dict) -> None:
+    """The peak of each file, of its process or on the GPU."""
+    print("| file | all weights, GB | adapters (--lora-rank 16), GB |\n|---|---|---|")
+    for algorithm in ("reinforce", "rloo", "remax", "raft", "grpo", "ppo"):
+        peaks = [run_process(job | {"algorithm": algorithm, "lora_rank": rank})["memory"] for rank in (0, 16)]
+        print(f"| {algorithm}.py | {peaks[0]:.1f} | {peaks[1]:.1f} |", flush=True)
+
+
+def show_generation(model, tokenizer, rows: tuple[int, ...], length: int, bandwidth: float) -> None:
+    """Seconds a token by each way of sampling, and how near they are to reading weights and cache once a token."""
+    print("| weights, million | rows | way | ms/token | tokens/s | of the bandwidth limit |\n|---|---|---|---|---|---|")
+    prompt_ids = list(range(3, 35))
+    samplers = {}
+    for way in ("eager", "static cache", "continuous batching"):
+        args = reinforce.Args(max_new_tokens=length, static_cache=way == "static cache")
+        samplers[way] = reinforce.make_sampler(model, tokenizer, args)
+        samplers[way].generation_config.eos_token_id = None  # the full length
+    samplers["continuous batching"].generation_config.do_sample = True
+    for n, way in itertools.product(rows, samplers):
+        if way == "continuous batching":
+            function = partial(samplers[way].generate_batch, [prompt_ids] * n)
+        else:
+            function = partial(reinforce.sample, samplers[way], tokenizer, [{"prompt_ids": prompt_ids}] * n, 1.0)
+        seconds = best_seconds(function, repeats=3) / length  # the first of them also compiles
+        job = {"completions": n, "length": length}
+        least = bounds(model, job, len(prompt_ids), (1.0, bandwidth), samplers[way].dtype)["sampling"] / length
+        size = sum(weight.numel() for weight in model.parameters()) // 10**6
+        print(
+            f"| {size} | {n} | {way} | {1000 * seconds:.2f} | {n / seconds:.0f} | {least / seconds:.0%} |", flush=True
+        )
 
 
 def compare(turn: int, job: dict, model, prompt_tokens: int, limits: tuple[float, float], dtype: torch.dtype) -> None:
@@ -214,11 +306,7 @@ def compare(turn: int, job: dict, model, prompt_tokens: int, limits: tuple[float
     size = f"| {turn + 1} | {job['algorithm']} | {job['completions']} x {job['length']} |"
     results = {}
     for framework in ("nano_rl", "trl") if turn % 2 == 0 else ("trl", "nano_rl"):
-        command = [sys.executable, __file__, "--job", json.dumps(job | {"framework": framework})]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{framework} failed on {job}:\n{done.stderr}")
-        ours = results[framework] = json.loads(done.stdout.splitlines()[-1])
+        ours = results[framework] = run_process(job | {"framework": framework})
         seconds = " | ".join(f"{ours[name]:.2f}" for name in ("step", "sampling", "scoring", "training"))
         speed = job["completions"] * job["length"] / ours["step"]
         print(f"{size} {framework} | {seconds} | {speed:.0f} | {ours['memory']:.2f} |", flush=True)

@@ -73,7 +73,7 @@ def test_a_reward_model_without_a_head(model, tmp_path):
     "text, where, what",
     [
         ('{"prompt": "a"}\n{"prompt": "b"\n{"prompt": "c"}\n', "line 2", "JSONDecodeError"),
-        ('{"prompt": "a"}\n{"question": "b"}\n{"prompt": "c"}\n', "line 2", "KeyError: 'prompt'"),
+        ('{"prompt": "a"}\n{"text": "b"}\n{"prompt": "c"}\n', "line 2", "KeyError: 'question'"),
         ('{"prompt": "a"}\n{"prompt": "b"}\n["c"]\n', "line 3", "TypeError"),
         ('{"prompt": "a"}\n\n{"prompt": "c"}\n', "line 2", "JSONDecodeError"),
         ('{"prompt": "a"}\n{"prompt": null}\n{"prompt": "c"}\n', "line 2", "TypeError"),

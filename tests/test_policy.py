@@ -229,6 +229,22 @@ def test_a_group_shares_the_pass_over_its_prompt(config, prompts):
     assert shapes[:2] == ([(2, 2), (8, 1)] if len(prompts[0]) > 1 else [(8, 1), (8, 1)])
 
 
+@pytest.mark.parametrize("config", [llama_config, gpt2_config, gemma_config])
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_a_static_cache_samples_the_same(config, group_size):
+    """Over two lengths of prompts: the second call reuses what the first one left."""
+    batches = []
+    for static_cache in (True, False):
+        _, sampler = make_sampler(config(25), double=True, max_new_tokens=8, static_cache=static_cache)
+        assert sampler.generation_config.cache_implementation == ("static" if static_cache else None)
+        for prompts in ([3, 5, 7], [4, 8]), ([4, 8], [9]):
+            examples = [row for row in make_examples(*prompts) for _ in range(4)]
+            torch.manual_seed(0)
+            batches.append(reinforce.sample(sampler, make_tokenizer(), examples, 1.0, group_size)[0])
+    for static, dynamic in zip(batches[:2], batches[2:], strict=True):
+        assert all(torch.equal(static[name], dynamic[name]) for name in dynamic)
+
+
 def test_greedy_samples_are_deterministic_and_as_long():
     """SCST's baseline: the same weights and length limit, no randomness (pitfall 44)."""
     _, sampler = make_sampler(llama_config(25), max_new_tokens=7)
@@ -299,7 +315,7 @@ def test_prompts_and_columns(tmp_path):
     rows = [
         {"prompt": "the sea", "answer": 1},
         {"prompt": [{"role": "user", "content": "the sun"}], "answer": 2},
-        {"prompt": "a stone"},
+        {"question": "a stone"},  # GSM8K's name
     ]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -315,7 +331,8 @@ def test_prompts_and_columns(tmp_path):
     rewards = reinforce.score(reward_fn, examples, ["x", "y", "z"])
     assert rewards.tolist() == [0, 1.5, -2]
     assert seen == {
-        "prompts": [row["prompt"] for row in rows],
+        "prompts": [row.get("prompt", "a stone") for row in rows],
         "completions": ["x", [{"role": "assistant", "content": "y"}], "z"],  # a conversation is answered by a message
         "answer": [1, 2, None],
+        "question": [None, None, "a stone"],
     }
