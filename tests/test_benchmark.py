@@ -1,0 +1,41 @@
+"""The benchmark's own parts, on a tiny model: it is run by hand, so that nothing else would notice that it broke."""
+
+import benchmark
+import pytest
+import torch
+from tiny import make_tokenizer
+
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 25,
+}
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "rloo", "remax", "raft", "grpo", "ppo"])
+def test_a_job_of_every_file(model, algorithm):
+    job = {"framework": "nano_rl", "algorithm": algorithm, "model": model, "completions": 8, "length": 4, "steps": 2}
+    result = benchmark.run_job(job)
+    assert set(result) == {"step", "sampling", "scoring", "training", "memory"}
+    assert result["step"] == pytest.approx(result["sampling"] + result["scoring"] + result["training"])
+    assert result["memory"] > 0.1
+
+
+def test_bounds():
+    """6 FLOP a weight and token; weights and cache are read once a token."""
+    model = benchmark.random_model(SHAPE)
+    weights = sum(weight.numel() for weight in model.parameters())
+    found = benchmark.bounds(model, {"completions": 3, "length": 4}, 10, (1e6, 1e3), torch.bfloat16)
+    cache_a_token = 2 * 2 * 1 * 8  # keys and values, layers, heads, numbers of a head
+    assert found["training"] == pytest.approx(6 * weights * 3 * 14 / 1e6)
+    assert found["sampling"] == pytest.approx(4 * (weights + 3 * 12 * cache_a_token) * 2 / 1e3)
+
+
+def test_generation_is_shown_for_every_way(capsys):
+    benchmark.show_generation(benchmark.random_model(SHAPE), make_tokenizer(), (2, 3), 4, 1e9)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1:3] for row in rows] == [[n, way] for n in "23" for way in ("eager", "static cache")]
+    assert all(float(row[3]) > 0 for row in rows)
