@@ -1,0 +1,453 @@
+"""Rewards for verifiable answers: what a text parses to, that no text breaks them, and the accuracy of a policy."""
+
+import ast
+import importlib
+import json
+import math
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from tiny import make_tokenizer, save_policy
+from transformers import AutoModelForCausalLM
+
+import nano_rl.gsm8k as gsm8k
+from nano_rl.gsm8k import correct, formatted, parse_answer
+
+ROOT = Path(__file__).parent.parent
+HALF = Fraction(1, 2)
+
+PARSED = [
+    # after ####
+    ("Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72", 72),
+    ("####72", 72),
+    ("#### 72 of the 100 apples", 72),
+    ("#### $1,234.50", Fraction("1234.5")),
+    ("#### **72**\n\nIs there anything else? I have 3 ideas.", 72),
+    ("#### $72$", 72),
+    ("#### = 72", 72),
+    ("#### \\boxed{72}", 72),
+    ("#### 1\nNo, I was wrong.\n#### 2", 2),
+    ("#### 72\n#### Notes\nThis took 3 steps.", 72),  # a heading without a number is no mark
+    ("####\n5 + 67 = 72 of 100, so \\boxed{72}", 72),  # nor is one on a line of its own
+    ("\\boxed{5}\n#### 72", 72),
+    ("#### -7", -7),
+    ("#### - 7", 7),  # a bullet
+    ("#### 50%", 50),
+    ("#### 3:30", None),
+    ("#### 9:30 to 10", None),  # what follows the mark is the answer, even where it is none
+    # in \boxed{}
+    ("\\boxed{72}", 72),
+    ("So \\boxed{72} apples for 3 children.", 72),
+    ("\\boxed{1} or \\boxed{2}", 2),
+    ("#### Step 2: add\n\\boxed{72}", 72),
+    ("\\boxed{x = 72} for 5", 72),
+    ("\\boxed{72 \\text{ eggs in 2 days}}", 72),
+    ("\\boxed{\\text{none}} is not 5, but 6", 6),
+    ("\\boxed {72} of 100", 72),
+    ("$\\boxed{\\$1{,}234}$", 1234),
+    ("\\boxed{12\\,345}", 12345),
+    ("\\boxed{12,\\!345}", 12345),
+    ("\\boxed{\\frac{1}{2}} of 4", HALF),
+    ("\\boxed{-\\dfrac{1}{2}}", -HALF),
+    ("\\boxed{3\\tfrac{1}{2}}", 3 + HALF),
+    ("\\boxed{\\frac{1,000}{-2.5}}", -400),
+    ("\\boxed{72", 72),  # cut off
+    # in <answer>
+    ("<think>16 - 9 = 7\n#### 5</think> <answer>7</answer>", 7),
+    ("<answer>72</answer> for 5 people", 72),
+    ("<answer>The answer is $72 \\boxed{3}</answer>", 3),
+    ("<answer>1</answer> <answer>2</answer>", 2),
+    ("5 is wrong. <answer>none</answer>", None),
+    ("<answer>72", 72),
+    # the last number
+    ("She sold 48 and 24 clips, 72 in all.", 72),
+    ("The answer is 12.", 12),
+    ("12...", 12),
+    ("is...72", 72),
+    ("The answer is \\(72\\).", 72),
+    ("1,234,567.89!", Fraction("1234567.89")),
+    ("1,00,000 rupees", 100000),
+    ("72, 73", 73),
+    ("0.50", HALF),
+    (".5", HALF),
+    ("It costs $.50", HALF),
+    ("72.0", 72),
+    ("007", 7),
+    ("-0", 0),
+    ("+7", 7),
+    ("-$5.00", -5),
+    ("$-5", -5),
+    ("-\\$5", -5),
+    ("-€5", -5),
+    ("-.5", -HALF),
+    ("16-9", 9),
+    ("(16)-9", 9),
+    ("from 5–7", 7),
+    ("−7", -7),
+    ("x = –7", -7),
+    ("--7", 7),
+    ("3/4", Fraction(3, 4)),
+    ("48 / 2", 24),
+    ("1/-2", -HALF),
+    ("3 1/2 cups", 3 + HALF),
+    ("-3 1/2", -3 - HALF),
+    ("½ a cup", HALF),
+    ("-3½", -3 - HALF),
+    ("1\u20442", HALF),
+    ("1.5e3", 1500),
+    ("2E-2", Fraction(1, 50)),
+    ("5 dollars", 5),
+    ("72kg", 72),
+    ("the 3rd", 3),
+    ("$5/hour", 5),
+    ("5 million", 5),
+    ("50 m^2", 50),
+    ("50 cm^{2}", 50),
+    ("50 m²", 50),
+    ("答案是72元", 72),
+    ("答案是－７２", -72),
+    ("٣٫٥", 3 + HALF),
+    ("١٬٢٣٤", 1234),
+    ("1\u202f234 km", 1234),
+    # no number, or no single one
+    ("", None),
+    ("seventy-two", None),
+    ("GSM8K", None),
+    ("x2", None),
+    ("step_2", None),
+    ("1/0", None),
+    ("\\frac{1}{0}", None),
+    ("7 / 0.00", None),
+    ("5/6/2024", None),
+    ("at 3:30", None),
+    ("version 1.2.3", None),
+    ("1,23", None),
+    ("1234,567", None),
+    ("1.234,50", None),
+    ("1_000", None),
+    ("5'6", None),
+    ("10^6", None),
+    ("10^{-6}", None),
+    ("10²", None),
+    ("nan", None),
+    ("-inf", None),
+    ("Infinity", None),
+    # hostile
+    ("\0", None),
+    ("#### \0 72 \0", 72),
+    ("\ud800 72 \udfff", 72),
+    ("1e999999", None),
+    ("1e99999999999999999999", None),
+    ("#### 1e-99999999999", None),
+    ("1e99/1e99", 1),
+    ("9" * 50, 10**50 - 1),
+    ("9" * 51, None),
+    ("#### " + "9" * 5000, None),
+    ("5 " + "9" * 10**6, None),
+    ("#### " + "1/" * 5000 + "1", None),
+    ("#### " + "1," * 4000 + "1", None),
+    ("\\boxed{" * 1000 + "72" + "}" * 1000, 72),
+    ("{" * 5000 + "72" + "}" * 5000, 72),
+    ("__import__('os').abort()", None),
+    ("9**9**9**9", 9),
+    ("5^{5^{5^{5^{5}}}}", None),
+]
+
+
+@pytest.mark.parametrize("text, number", PARSED, ids=[f"{i}-{text[:20]!a}" for i, (text, _) in enumerate(PARSED)])
+def test_what_a_text_parses_to(text, number):
+    parsed = parse_answer(text)
+    assert parsed == number and (parsed is None or type(parsed) is Fraction)
+
+
+def test_the_table_is_long_enough():
+    assert len({text for text, _ in PARSED}) == len(PARSED) >= 60
+
+
+def test_only_the_end_is_read():
+    """What an answer's last 10,000 characters hold, without half a number where they begin."""
+    assert parse_answer("#### 72" + " a" * 4000) == 72
+    assert parse_answer("#### 72" + " a" * 5000) is None
+    assert parse_answer("1234" + "a" * 9998) is None, "not 34"
+    assert parse_answer("答" * 20_000 + "72") == 72, "no space to cut at"
+
+
+@pytest.fixture
+def no_hang():
+    """Half a minute for what takes milliseconds: a guard against minutes and days, not a measurement."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # KeyboardInterrupt, which no code catches
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+
+
+PIECES = (
+    "#### \\boxed{ } { \\frac{ $ - . , : / ^ ( ) 1 23 9999 0 e E x nan ½ ² ٣ − \0 \n _ ' <answer> </answer> <think>"
+).split(" ")
+
+
+def test_no_text_hangs_or_raises(no_hang):
+    """A long repeat of anything, at the end of a completion and after each mark."""
+    units = [
+        *PIECES,
+        " ",
+        "1 ",
+        "1/",
+        "1,",
+        "1 1/",
+        "1.1",
+        "1e1",
+        "-1",
+        "/ ",
+        "^-",
+        "\\frac{1}{",
+        "\\frac ",
+        "</think> ",
+    ]
+    texts = [
+        mark + unit * (10**5 // len(unit)) for mark in ("", "#### ", "\\boxed{", "1") for unit in filter(None, units)
+    ]
+    texts += [mark + text[:9000] + "!" for mark in ("#### 1", "\\boxed{") for text in texts]
+    texts += ["<think>a</think>" + " " * 10**6 + "<answer>a</answer>b", "<think>" + "a" * 10**6 + "<answer>"]
+    assert set(correct([""] * len(texts), texts, ["#### 123456789"] * len(texts))) == {0.0}
+    assert set(formatted([""] * len(texts), texts)) == {0.0}
+
+
+def test_random_texts_do_not_raise(no_hang):
+    shuffle = random.Random(0)
+    for _ in range(20_000):
+        parsed = parse_answer("".join(shuffle.choices([*PIECES, " "], k=shuffle.randint(1, 12))))
+        assert parsed is None or type(parsed) is Fraction
+
+
+# ---- The reward functions -------------------------------------------------------------------------------------------
+
+
+def test_correct_compares_numbers_not_texts():
+    answers = ["...\n#### 1,234", "#### 72", 72, 0.5, "-7", "#### 72"]
+    completions = ["$1234.00", "#### 27", "72.0", "1/2", "−7", "I do not know."]
+    assert correct([""] * 6, completions, answers) == [1, 0, 1, 1, 1, 0]
+
+
+def test_messages_and_odd_messages():
+    """Completions as TRL passes them for conversations; what is no text scores 0."""
+    conversations = [
+        [{"role": "assistant", "content": "#### 72"}],
+        [{"role": "assistant", "content": "#### 72"}, {"role": "assistant", "content": "No.\n#### 5"}],
+        [{"role": "assistant", "content": None}],
+        [{"role": "assistant", "tool_calls": []}],
+        [],
+    ]
+    assert correct([[]] * 5, conversations, ["72"] * 5) == [1, 0, 0, 0, 0]
+    assert formatted([[]] * 5, conversations) == [0] * 5
+
+
+@pytest.mark.parametrize("answer", ["seventy-two", "", None, math.nan, "#### 1/0", True])
+def test_a_row_without_a_number_is_an_error_of_the_data(answer):
+    with pytest.raises(ValueError) as error:
+        correct(["How many?", "Which row?"], ["1", "2"], ["1", answer])
+    assert str(error.value) == f"no number in the answer {answer!r} to 'Which row?'"
+
+
+FORM = "<think>16 - 9 = 7</think> <answer>7</answer>"
+
+
+@pytest.mark.parametrize(
+    "text, reward",
+    [
+        (FORM, 1),
+        (f"\n{FORM}\n", 1),
+        ("<think>\n1\n2\n</think>\n\n<answer>\n7\n</answer>", 1),
+        ("<think>a</think><answer>b</answer>", 1),
+        ("<think>a < b</think><answer>b</answer>", 1),
+        (f"Sure! {FORM}", 0),
+        (f"{FORM} Done.", 0),
+        (FORM * 2, 0),
+        ("<think>a</think> so <answer>7</answer>", 0),
+        ("<think>a</think> <answer>7", 0),
+        ("<think>a</think>", 0),
+        ("<answer>7</answer> <think>a</think>", 0),
+        ("<think>a <answer>7</answer></think>", 0),
+        ("<think>a</think> <answer>7</answer> <answer>8</answer>", 0),
+        ("<think><think>a</think></think> <answer>7</answer>", 0),
+        ("<think>a</think> <answer><answer>7</answer></answer>", 0),
+        ("<think> </think> <answer>7</answer>", 0),
+        ("<think>a</think> <answer>\n</answer>", 0),
+        ("<THINK>a</THINK> <answer>7</answer>", 0),
+        ("", 0),
+    ],
+)
+def test_formatted(text, reward):
+    assert formatted([""], [text]) == [reward]
+    assert formatted([[]], [[{"role": "assistant", "content": text}]]) == [reward]
+
+
+# ---- In training ----------------------------------------------------------------------------------------------------
+
+ROWS = [{"question": f"the {word} sings", "answer": f"so <<1+{n}=1>>\n#### {n}"} for n, word in enumerate("abcdef")]
+
+
+def write(path: Path, rows: list) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "remax", "raft", "grpo", "ppo"])
+def test_it_rewards_in_every_file(model, tmp_path, monkeypatch, name):
+    """--reward-fn nano_rl.gsm8k:correct --prompts train.jsonl, with completions that are right for one question."""
+    file = importlib.import_module(f"nano_rl.{name}")
+    sample = file.sample
+    monkeypatch.setattr(file, "sample", lambda *i, **o: (sample(*i, **o)[0], ["It is 3."] * len(i[2])))
+    flags = ["--reward-fn", "nano_rl.gsm8k:correct", "--prompts", write(tmp_path / "train.jsonl", ROWS)]
+    sizes = "--batch-size 8 --num-steps 2 --max-new-tokens 4 --eval-every 0".split()
+    args = file.tyro.cli(file.Args, args=[*flags, *sizes, "--model", model, "--output-dir", str(tmp_path / "run")])
+    rows = (file.train(args) / "completions.jsonl").read_text().splitlines()
+    rewards = {(row["prompt"], row["reward"]) for row in map(json.loads, rows)}
+    assert rewards == {(row["question"], float("#### 3" in row["answer"])) for row in ROWS}
+
+
+# ---- Greedy accuracy ------------------------------------------------------------------------------------------------
+
+
+def measure(model, tmp_path, rows=ROWS, **flags) -> dict[str, float]:
+    file = write(tmp_path / "test.jsonl", rows)
+    return gsm8k.main(gsm8k.Args(**({"questions": file, "model": model, "max_new_tokens": 8} | flags)))
+
+
+def test_accuracy_and_its_standard_error(model, tmp_path, monkeypatch, capsys):
+    texts = {"the a sings": "0", "the c sings": "<think>1+1</think><answer>2</answer>", "the d sings": "4"}
+    sample, calls = gsm8k.sample, []
+
+    def answer(sampler, tokenizer, examples, temperature):
+        calls.append((len(examples), temperature))
+        batch, _ = sample(sampler, tokenizer, examples, temperature)
+        batch["terminated"][:] = True
+        batch["terminated"][0] = False
+        return batch, [texts.get(example["prompt"], "") for example in examples]
+
+    monkeypatch.setattr(gsm8k, "sample", answer)
+    metrics = measure(model, tmp_path, eval_batch_size=4, results_dir=str(tmp_path / "results"))
+    rewards = [1, 0, 1, 0, 0, 0]
+    assert calls == [(4, 0.0), (2, 0.0)], "greedily, the last batch with what is left"
+    assert metrics["accuracy"] == pytest.approx(2 / 6)
+    assert metrics["accuracy_se"] == pytest.approx(statistics.stdev(rewards) / math.sqrt(6))
+    assert metrics["formatted"] == pytest.approx(1 / 6) and metrics["completions/clipped_ratio"] == pytest.approx(2 / 6)
+    assert capsys.readouterr().out == (
+        "questions 6  accuracy 0.333  accuracy_se 0.211  formatted 0.167  completions/clipped_ratio 0.333\n"
+    )
+    (file,) = (tmp_path / "results").iterdir()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert file.name == "completions.jsonl" and [row["reward"] for row in rows] == rewards
+    assert rows[2] == {
+        "prompt": "the c sings",
+        "completion": texts["the c sings"],
+        "answer": ROWS[2]["answer"],
+        "reward": 1.0,
+        "formatted": 1.0,
+    }
+
+
+def test_the_completions_are_the_greedy_ones(model, tmp_path, monkeypatch):
+    """Those of a search, one prompt at a time and without padding, for the most likely token."""
+    monkeypatch.setattr(gsm8k, "has_bfloat16", lambda device: False)  # its rounding depends on the batch
+    rows = [{"prompt": "the sea " * n, "answer": n} for n in (1, 4, 2)]
+    measure(model, tmp_path, rows, eval_batch_size=2, results_dir=str(tmp_path / "results"))
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(model), make_tokenizer()
+    lines = (tmp_path / "results" / "completions.jsonl").read_text().splitlines()
+    for row, line in zip(rows, lines, strict=True):
+        messages = [{"role": "user", "content": row["prompt"]}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        expected = policy.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        assert json.loads(line)["completion"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_the_first_questions_only(model, tmp_path, capsys):
+    measure(model, tmp_path, [*ROWS[:3], "not JSON"], num_questions=3)
+    assert capsys.readouterr().out.startswith("questions 3  ")
+
+
+def test_without_a_chat_template(tmp_path):
+    assert measure(save_policy(tmp_path / "model", tokenizer=make_tokenizer(chat=False)), tmp_path)["accuracy"] == 0
+
+
+def refused(*inputs, **flags) -> str:
+    with pytest.raises(SystemExit) as error:
+        measure(*inputs, **flags)
+    assert isinstance(error.value.code, str) and "\n" not in error.value.code
+    return error.value.code
+
+
+@pytest.mark.parametrize(
+    "row, what",
+    [
+        ('{"question": "a", "answer": "1"', "JSONDecodeError"),
+        ('{"question": "a"}', "KeyError: 'answer'"),
+        ('{"text": "a", "answer": "1"}', "KeyError: 'question'"),
+        ('{"question": null, "answer": "1"}', "TypeError"),
+        ('["a"]', "TypeError"),
+        ("", "JSONDecodeError"),
+        ('{"question": "a", "answer": "#### none"}', "ValueError: no number in the answer '#### none' to 'a'"),
+        ('{"question": "%s", "answer": "1"}' % ("sun " * 60), "62 tokens; the model's context is 64"),
+    ],
+)
+def test_bad_rows(model, tmp_path, row, what):
+    message = refused(model, tmp_path, [ROWS[0], row, *ROWS[1:]])
+    assert message.startswith(f"{tmp_path / 'test.jsonl'}, line 2: needs ") and what in message
+
+
+def test_other_bad_input(model, tmp_path):
+    assert "needs 2 questions or more" in refused(model, tmp_path, ROWS[:1])
+    assert "No such file" in refused(model, tmp_path, questions=str(tmp_path / "none.jsonl"))
+    for name, value, least in ("eval_batch_size", 0, 1), ("max_new_tokens", 0, 1), ("num_questions", -1, 0):
+        flag = f"--{name.replace('_', '-')}"
+        assert refused(model, tmp_path, **{name: value}) == f"{flag} {value}: must be at least {least}"
+    assert refused("no-one/no-such-model", tmp_path).startswith("cannot load no-one/no-such-model: check the name")
+
+
+def test_the_results_of_another_run_are_kept(model, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "completions.jsonl").write_text("the other's")
+    message = refused(model, tmp_path, results_dir=str(tmp_path / "run"))
+    assert message.startswith(f"cannot write to --results-dir {tmp_path / 'run'}: choose another")
+    assert (tmp_path / "run" / "completions.jsonl").read_text() == "the other's"
+    (tmp_path / "file").write_text("")
+    assert "FileExistsError" in refused(model, tmp_path, results_dir=str(tmp_path / "file"))
+
+
+# ---- The file -------------------------------------------------------------------------------------------------------
+
+
+def test_a_copied_file_measures_without_this_project(model, tmp_path):
+    shutil.copy(ROOT / "nano_rl" / "gsm8k.py", tmp_path)
+    write(tmp_path / "test.jsonl", ROWS)
+    flags = ["--questions", "test.jsonl", "--model", model, "--max-new-tokens", "4", "--results-dir", "results"]
+    done = subprocess.run(
+        [sys.executable, "gsm8k.py", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("questions 6  accuracy 0.000  ") and done.stdout.count("\n") == 1
+    assert done.stderr == "", "a log file holds no progress bars and no warnings"
+    assert (tmp_path / "results" / "completions.jsonl").read_text().count("\n") == 6
+
+
+def definitions(name: str) -> dict[str, str]:
+    """The source of every function and flag."""
+    source = (ROOT / "nano_rl" / f"{name}.py").read_text()
+    tree = ast.parse(source)
+    found = {node.name: ast.get_source_segment(source, node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    flags = source.split("class Args:")[1].split("\n\n")[0].splitlines()[1:]
+    return found | {"flag " + line.split(":")[0].strip(): line for line in flags}
+
+
+def test_what_it_shares_with_reinforce_is_the_same():
+    ours, theirs = definitions("gsm8k"), definitions("reinforce")
+    shared = ours.keys() & theirs.keys()
+    assert {name for name in shared if ours[name] != theirs[name]} == set()
+    assert shared >= {"load", "make_sampler", "sample", "save", "one_line", "as_messages", "flag model"}
