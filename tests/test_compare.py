@@ -1,0 +1,471 @@
+"""compare.py: its statistics against naive loops, whole comparisons of tiny policies, and tables of runs."""
+
+import gc
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny import exact_logprobs, gpt2_config, make_policy, make_tokenizer, save_policy, save_reward_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import nano_rl.compare as compare
+import nano_rl.reinforce as reinforce
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(max_new_tokens=8, temperature=1.0)
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory) -> str:
+    """A policy of another architecture, whose tokenizer numbers the words differently and has no chat template."""
+    words = tiny.WORDS
+    tiny.WORDS = words[::-1]
+    tokenizer = make_tokenizer(chat=False)
+    tiny.WORDS = words
+    return save_policy(tmp_path_factory.mktemp("other") / "gpt2", gpt2_config(len(tokenizer)), tokenizer, seed=3)
+
+
+def policies(folder: Path, *names: str, **args) -> tuple[dict, list[dict]]:
+    """The two files that a comparison writes."""
+    compare.main(compare.Args(policies=names, output_dir=str(folder), **(TINY | args)))
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.json", "completions.jsonl"]
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    return json.loads((folder / "comparison.json").read_text()), rows
+
+
+def refused(**args) -> str:
+    """The one line that the user reads, where the exit code is 1."""
+    with pytest.raises(SystemExit) as error:
+        compare.main(compare.Args(**args))
+    assert isinstance(error.value.code, str) and "\n" not in error.value.code
+    return error.value.code
+
+
+# ---- Statistics -----------------------------------------------------------------------------------------------------
+
+
+def naive_p(differences: list[float]) -> float:
+    """Every pattern of signs, one by one."""
+    observed, count = abs(math.fsum(differences)), 0
+    for signs in itertools.product((1, -1), repeat=len(differences)):
+        count += abs(math.fsum(sign * d for sign, d in zip(signs, differences))) >= observed - 1e-12
+    return count / 2 ** len(differences)
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [
+        [0.3],
+        [0.1] * 7 + [-0.1],
+        [5.0, -1e-3, 2.0, 2.0, 0.0],
+        [0.6, -0.3, -0.4, 0.2, -0.2],  # sums that are equal, but for their rounding
+    ],
+)
+def test_the_sign_flip_test_is_exact(differences):
+    assert compare.sign_flip_test(torch.tensor(differences, dtype=torch.float64)) == naive_p(differences)
+    for drawn in torch.randn(10, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist():
+        p = compare.sign_flip_test(torch.tensor([*drawn, math.nan], dtype=torch.float64))
+        assert p == naive_p(drawn), "a prompt without a value does not count"
+
+
+def test_the_sign_flip_test_by_hand():
+    assert compare.sign_flip_test(torch.ones(8)) == 2 / 2**8
+    assert compare.sign_flip_test(-torch.ones(13)) == 2 / 2**13
+    assert compare.sign_flip_test(torch.zeros(5)) == 1
+    assert compare.sign_flip_test(torch.ones(40)) == 1 / 10_000, "at least the pattern that was seen"
+    assert compare.sign_flip_test(torch.zeros(40)) == 1
+
+
+def test_many_prompts_draw_the_sign_patterns():
+    for drawn in torch.randn(3, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.3:
+        p = compare.sign_flip_test(drawn)
+        assert p == pytest.approx(naive_p(drawn.tolist()), abs=0.02), "10,000 draws: four standard errors at 0.5"
+        assert p * 10_000 == pytest.approx(round(p * 10_000)), "so many, not 2^14"
+        assert p == compare.sign_flip_test(drawn), "the same draws every time"
+
+
+def test_estimate():
+    values = [1.0, 2.5, -3.0, 4.0]
+    mean, error = compare.estimate(torch.tensor([*values, math.nan], dtype=torch.float64))
+    assert mean == pytest.approx(statistics.mean(values))
+    assert error == pytest.approx(statistics.stdev(values) / 2)
+    assert compare.estimate(torch.tensor([3.0])) == (3.0, None)
+    assert compare.estimate(torch.tensor([math.nan])) == (None, None)
+
+
+def test_describe():
+    assert compare.describe(["The sun, the sun!", "one", " ...", "a a a b"]) == {
+        "type-token ratio": [0.5, 1.0, 0.0, 0.5],
+        "words": [4, 1, 0, 4],
+        "distinct-2": [pytest.approx(2 / 3), 0.0, 0.0, pytest.approx(2 / 3)],
+    }
+
+
+@pytest.mark.parametrize("config", [tiny.llama_config(27), gpt2_config(27)], ids=["llama", "gpt2"])
+def test_perplexity(config):
+    """Against an unpadded pass for every prefix; 64 is what the model can read."""
+    judge, tokenizer = make_policy(config), make_tokenizer()
+    prompts = ["write about the sea", "old stone", "tree"]
+    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    texts = ["the sun sings", "far", "", "red blue " * 40, "", ""]
+    examples = [{"prompt": prompt, "prompt_ids": ids} for prompt, ids in zip(prompts, prompt_ids) for _ in range(2)]
+    args = compare.Args(num_samples=2, temperature=0.5)  # the policies' temperature, not the judge's
+    perplexity = compare.compute_perplexity(judge, tokenizer, examples, args, texts)
+    assert perplexity.shape == (3,) and perplexity[2].isnan(), "only empty texts"
+    with torch.no_grad():
+        first = [tokenizer(text)["input_ids"] for text in texts[:2]]
+        logprob = exact_logprobs(judge, prompt_ids[0], first, temperature=1.0).sum()
+        assert perplexity[0].item() == pytest.approx(math.exp(-logprob / 4), rel=1e-5), "the mean of all 4 tokens"
+        cut = tokenizer(texts[3])["input_ids"][: 64 - 2]
+        logprob = exact_logprobs(judge, prompt_ids[1], [cut], temperature=1.0).sum()
+        assert perplexity[1].item() == pytest.approx(math.exp(-logprob / 62), rel=1e-5)
+
+
+# ---- Policies -------------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison(model, other, tmp_path, capsys, monkeypatch):
+    """Three policies, and every number of the table again, from the completions, with loops."""
+    (tmp_path / "compare_rewards.py").write_text(
+        "def length(prompts, completions, n, **columns): return [len(c) + i for c, i in zip(completions, n)]"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "prompts.jsonl"
+    prompts = [f"the {word} sings" for word in tiny.WORDS]
+    file.write_text("".join(json.dumps({"prompt": prompt, "n": n}) + "\n" for n, prompt in enumerate(prompts)))
+    names = (model, other, save_policy(tmp_path / "third", seed=7))
+    options = dict(prompts=str(file), reward_fn="compare_rewards:length", num_samples=3)
+    monkeypatch.setattr(compare, "has_bfloat16", lambda device: False)  # the judge below is in float32
+    result, rows = policies(tmp_path / "comparison", *names, **options)
+    assert result["policies"] == dict(zip("ABC", names)) and result["prompts"] == 5
+    assert result["args"]["num_samples"] == 3 and result["args"]["policies"] == list(names)
+    held_out = prompts[-5:]  # a quarter of 20, as a run holds out
+    assert [(row["prompt"], row["sample"]) for row in rows] == [(p, s) for p in held_out for s in range(3)]
+    assert len({row[letter]["completion"] for row in rows for letter in "ABC"}) > 20
+
+    judge, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+
+    def perplexity(prompt: str, texts: list[str]) -> float:
+        chat = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        texts = [tokenizer(text)["input_ids"] for text in texts if text]
+        with torch.no_grad():
+            return math.exp(-exact_logprobs(judge, ids, texts, 1.0).sum() / sum(map(len, texts)))
+
+    expected = {}
+    for letter in "ABC":
+        for start, prompt in zip(range(0, 15, 3), held_out):
+            texts = [rows[row][letter]["completion"] for row in range(start, start + 3)]
+            rewards = [len(text) + prompts.index(prompt) for text in texts]
+            assert rewards == [rows[row][letter]["reward"] for row in range(start, start + 3)]
+            words = [text.split() for text in texts]
+            for name, value in {
+                "reward": statistics.mean(rewards),
+                "type-token ratio": statistics.mean(len(set(w)) / max(1, len(w)) for w in words),
+                "words": statistics.mean(map(len, words)),
+                "distinct-2": statistics.mean(len(set(zip(w, w[1:]))) / max(1, len(w) - 1) for w in words),
+                "perplexity": perplexity(prompt, texts),
+            }.items():
+                expected.setdefault(name, {}).setdefault(letter, []).append(value)
+    assert list(result["table"]) == list(expected)
+    for name, values in expected.items():
+        for letter in "ABC":
+            row = {"mean": statistics.mean(values[letter]), "se": statistics.stdev(values[letter]) / math.sqrt(5)}
+            if letter != "A":
+                differences = [value - first for value, first in zip(values[letter], values["A"])]
+                row |= {"difference": statistics.mean(differences), "p": naive_p(differences)}
+                row |= {"difference_se": statistics.stdev(differences) / math.sqrt(5)}
+            assert result["table"][name][letter] == pytest.approx(row, rel=1e-4, abs=1e-9), (name, letter)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"A: {model}" and lines[3].startswith("5 prompts, 3 completions of each")
+    table = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    assert [cells[0].strip() for cells in table] == ["", "---", "A", "B", "C", "B - A", "p", "C - A", "p"]
+    assert [cell.strip() for cell in table[0][1:]] == list(expected)
+    reward = result["table"]["reward"]
+    assert table[3][1].strip() == f"{reward['B']['mean']:.3f} ± {reward['B']['se']:.3f}"
+    assert table[5][1].strip() == f"{reward['B']['difference']:+.3f} ± {reward['B']['difference_se']:.3f}"
+    assert table[6][1].strip() == f"{reward['B']['p']:.3f}"
+    assert all(len(line) <= 120 for line in lines if line.startswith("|") or " | " in line)
+    place = lines.index(held_out[0])
+    for start, letter in zip((0, 41, 82), "ABC"):  # 38 characters and " | "
+        column = " ".join(line[start : start + 38] for line in lines[place + 1 : -2]).split()
+        assert column == [f"{letter}:", *rows[0][letter]["completion"].split()]
+
+
+def test_a_reward_model(model, other, tmp_path):
+    result, rows = policies(tmp_path / "run", model, other, reward_model=save_reward_model(tmp_path / "rm", 3))
+    assert all(1 < row[letter]["reward"] < 3 for row in rows for letter in "AB")
+    mean = statistics.mean(row["B"]["reward"] for row in rows)
+    assert result["table"]["reward"]["B"]["mean"] == pytest.approx(mean)
+
+
+def test_equal_policies_give_equal_completions(model, tmp_path):
+    result, rows = policies(tmp_path / "1", model, model, num_samples=2)
+    assert all(row["A"] == row["B"] for row in rows)
+    for row in result["table"].values():
+        assert row["B"] == row["A"] | {"difference": 0, "difference_se": 0, "p": 1}
+    assert len({row["A"]["completion"] for row in rows if row["prompt"] == rows[0]["prompt"]}) == 2
+    assert rows == policies(tmp_path / "2", model, model, num_samples=2)[1], "the same seed"
+    assert rows != policies(tmp_path / "3", model, model, num_samples=2, seed=1)[1]
+
+
+def test_the_numbers_are_those_of_a_runs_own_evaluation(model, tmp_path):
+    options = dict(TINY, seed=5, brevity_penalty_scale=0.5)
+    settings = dict(batch_size=4, num_steps=3, eval_every=0, learning_rate=1e-2)
+    run = reinforce.train(reinforce.Args(model=model, output_dir=str(tmp_path / "run"), **settings, **options))
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    result, _ = policies(tmp_path / "comparison", model, str(run / "policy"), **options)
+    for letter, step in ("A", 0), ("B", 3):
+        row = result["table"]["reward"][letter]
+        assert row["mean"] == pytest.approx(metrics[step]["eval/reward"], abs=1e-6)
+        assert row["se"] == pytest.approx(metrics[step]["eval/reward_se"], abs=1e-6)
+        assert result["table"]["words"][letter]["mean"] == pytest.approx(metrics[step]["eval/words"])
+    assert result["table"]["reward"]["B"]["difference"] != 0
+
+
+def test_all_prompts_in_batches_of_whole_prompts(model, tmp_path, monkeypatch):
+    seeds, batches, sample = [], [], compare.sample
+
+    def spy(sampler, tokenizer, examples, temperature, group_size):
+        batches.append([example["prompt"] for example in examples])
+        return sample(sampler, tokenizer, examples, temperature, group_size)
+
+    monkeypatch.setattr(compare, "sample", spy)
+    monkeypatch.setattr(compare, "set_seed", seeds.append)
+    result, rows = policies(tmp_path / "run", model, model, all_prompts=True, num_samples=5, seed=3)
+    assert result["prompts"] == len(compare.TOPICS) == len(rows) / 5
+    assert seeds == [3 + start for start in range(0, 160, 30)] * 2, "each policy has the same draws in each batch"
+    assert sum(map(len, batches)) == 2 * 160
+    for batch in batches:
+        assert len(batch) <= 32 and batch == [prompt for prompt in batch[::5] for _ in range(5)]
+
+
+def test_the_first_policy_and_one_more_in_memory(model, other, tmp_path, monkeypatch):
+    samplers, alive = [], []
+    load, make_sampler = compare.load, compare.make_sampler
+
+    def spy_load(*inputs):
+        gc.collect()
+        alive.append([number for number, sampler in enumerate(samplers) if sampler()])
+        return load(*inputs)
+
+    def spy_make_sampler(policy, *inputs):
+        sampler = make_sampler(policy, *inputs)
+        samplers.append(weakref.ref(sampler))
+        weights = {weight.data_ptr() for weight in policy.parameters()}
+        assert weights == {weight.data_ptr() for weight in sampler.parameters()}, "no second copy"
+        return sampler
+
+    monkeypatch.setattr(compare, "load", spy_load)
+    monkeypatch.setattr(compare, "make_sampler", spy_make_sampler)
+    policies(tmp_path / "run", model, other, model, num_samples=1)
+    assert alive == [[], [0], [0]]
+
+
+def test_greedy(model, tmp_path):
+    _, rows = policies(tmp_path / "run", model, model, temperature=0, num_samples=2)
+    assert all(row["A"] == other["A"] for row, other in zip(rows[::2], rows[1::2]))
+
+
+def test_a_policy_that_says_nothing(model, tmp_path, monkeypatch, capsys):
+    """No words, no perplexity, and JSON that others read, too."""
+    sample = compare.sample
+    monkeypatch.setattr(compare, "sample", lambda *inputs: (sample(*inputs)[0], [""] * len(inputs[2])))
+    result, _ = policies(tmp_path / "run", model, model)
+    assert result["table"]["perplexity"]["B"] == {
+        "mean": None,
+        "se": None,
+        "difference": None,
+        "difference_se": None,
+        "p": 1,
+    }
+    assert "NaN" not in (tmp_path / "run" / "comparison.json").read_text()
+    assert "none" in capsys.readouterr().out
+
+
+def test_what_is_printed_fits():
+    columns = [["", "A"], *([name * 10, "1.000 ± 0.100"] for name in "abcdefgh")]
+    tables = compare.markdown(columns).split("\n\n")
+    assert len(tables) == 2 and all(len(line) <= 120 for table in tables for line in table.splitlines())
+    assert compare.markdown([["step", "0"], ["x" * 200, "1"]]).count("\n") == 2, "no table without a column"
+    cells = [cell.strip() for table in tables for cell in table.splitlines()[0].split("|")]
+    assert [cell for cell in cells if cell] == [name * 10 for name in "abcdefgh"]
+    for count in (2, 3, 26):
+        lines = compare.side_by_side(["word " * 50] * count).splitlines()
+        assert all(len(line) <= 120 for line in lines)
+    numbers = [0.0, 0.7, -0.0123, 0.00042, 123.4567, 1234567.0]
+    assert [compare.cell(n) for n in numbers] == ["0.000", "0.700", "-0.012", "0.00042", "123.457", "1.23e+06"]
+    assert compare.cell(0.8071, 0.00066) == "0.807 ± 0.001" and compare.cell(4e-5, 1e-6) == "4e-05 ± 1e-06"
+    assert compare.cell(0.0004, 0.012, "+") == "+0.000 ± 0.012" and compare.cell(None, None) == "none"
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ({}, "give two policies or more (at most 26), --policies A B, or folders of runs, --runs runs/*"),
+        ({"policies": ("a",)}, "give two policies or more"),
+        ({"policies": ("a",) * 27}, "give two policies or more"),
+        ({"policies": ("a", "b"), "runs": ("c",)}, "--policies: not for --runs, which takes --metric and --plot"),
+        ({"runs": ("c",), "output_dir": "d", "num_samples": 2}, "--num-samples, --output-dir: not for --runs"),
+        ({"policies": ("a", "b"), "plot": "c.svg"}, "--plot: not for --policies"),
+        ({"policies": ("a", "b"), "metric": "kl"}, "--metric: not for --policies"),
+        ({"policies": ("a", "b"), "num_samples": 0}, "--num-samples 0: must be above 0"),
+        ({"policies": ("a", "b"), "temperature": -1.0}, "--temperature -1.0: must be at least 0"),
+        ({"policies": ("a", "b"), "temperature": math.nan}, "--temperature nan: must be at least 0"),
+        ({"policies": ("a", "b"), "temperature": math.inf}, "--temperature inf: must be at least 0"),
+        ({"runs": ("c",), "plot": "c.pdf"}, "--plot c.pdf: must end in .svg or .png"),
+        ({"runs": ("c",), "plot": "svg"}, "--plot svg: must end in .svg or .png"),
+    ],
+)
+def test_flags_that_do_not_fit(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(**args).startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input(model, tmp_path):
+    folder = str(tmp_path / "comparison")
+    message = refused(policies=(model, "no-one/no-such-model"), output_dir=folder, **TINY)
+    assert message.startswith("cannot load no-one/no-such-model: check the name and the network; ")
+    message = refused(policies=(model, model), output_dir=folder, prompts=str(tmp_path / "none.jsonl"), **TINY)
+    assert "No such file" in message
+    assert not list(Path(folder).iterdir())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    message = refused(policies=(model, model), output_dir=str(tmp_path / "full"), **TINY)
+    assert message.startswith(f"cannot start in {tmp_path / 'full'}: choose another --output-dir")
+    message = refused(policies=(model, model), output_dir=str(tmp_path / "full" / "file"), **TINY)
+    assert message.startswith(f"cannot start in {tmp_path / 'full' / 'file'}: choose another")
+
+
+# ---- Runs -----------------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, curve: dict[int, float], tail: str = "", **config) -> str:
+    """As a run writes it: a line a step, some without an evaluation."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"seed": 0, "output_dir": str(folder), "lr": 0.1} | config))
+    rows = [{"step": step, "kl": None} for step in range(max(curve) + 1)]
+    rows = [row | ({"eval/reward": curve[row["step"]]} if row["step"] in curve else {}) for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "folder, seed, expected",
+    [
+        ("runs/20250131-120000-rloo", 0, "rloo"),
+        ("runs/20250131-120000-rloo-seed1", 1, "rloo"),
+        ("runs/rloo-12", 12, "rloo"),
+        ("runs/rloo-12", 2, "rloo-12"),
+        ("runs/rloo_s3", 3, "rloo"),
+        ("runs/rloo.seed=3", 3, "rloo"),
+        ("runs/rlooseed3", 3, "rloo"),
+        ("runs/ppo2", 2, "ppo2"),
+        ("runs/rloo/seed-0", 0, "rloo"),
+        ("runs/rloo/0", 0, "rloo"),
+        ("runs/20250131-120000", 0, "runs"),
+        ("/0", 0, ""),
+    ],
+)
+def test_label(folder, seed, expected):
+    assert compare.label(Path(folder), seed) == expected
+
+
+def test_runs(tmp_path, capsys):
+    """Seeds together, algorithms and arguments apart; values align by step, and say how many runs they have."""
+    runs = [
+        write_run(tmp_path / "20250101-000000-rloo", {0: 0.5, 2: 0.6, 4: 0.75}, seed=0),
+        write_run(tmp_path / "20250101-000001-rloo", {0: 0.7, 4: 0.95}, seed=1, num_steps=4, eval_every=4),
+        write_run(tmp_path / "rloo-seed2", {0: 0.6, 2: 0.8}, '{"step": 3, "eval/rew', seed=2, resume="there"),
+        write_run(tmp_path / "grpo" / "seed0", {0: 0.5}, '{"step": 1, "eval/reward": 9.0}', seed=0),
+        write_run(tmp_path / "grpo-1", {0: 0.7}, '{"step": 1, "eval/reward": NaN}\n{"step": 2}\n\xe4', seed=1),
+        write_run(tmp_path / "grpo-lr", {0: 0.25, 2: 1234.5}, seed=1),
+        write_run(tmp_path / "grpo-lr-2", {0: 0.75}, seed=2, lr=0.2),
+        str(tmp_path / "no-such-run"),
+    ]
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "comparison" / "comparison.json").write_text("{}")
+    other = write_run(tmp_path / "sft", {0: 0.5}, seed=0)
+    (Path(other) / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    compare.main(compare.Args(runs=(*runs, str(tmp_path / "comparison"), other)))
+    out, err = capsys.readouterr()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"]
+    assert table == [
+        ["step", "rloo (3)", "grpo (2)", "grpo-lr lr=0.1 (1)", "grpo-lr lr=0.2 (1)"],
+        ["---"] * 5,
+        ["0", "0.600 ± 0.058", "0.600 ± 0.100", "0.250", "0.750"],
+        ["2", "0.700 ± 0.100 (2)", "none", "1234.500", "none"],
+        ["4", "0.850 ± 0.100 (2)", "none", "none", "none"],
+    ]
+    assert out.startswith("eval/reward: mean ± standard error over the runs")
+    assert err.splitlines() == [
+        f"left out {folder}: not a run, or one without eval/reward as yet"
+        for folder in (tmp_path / "no-such-run", tmp_path / "comparison", other)
+    ]
+
+
+def test_the_same_run_twice_is_one_run(tmp_path, capsys):
+    short = write_run(tmp_path / "20250101-000000-rloo", {0: 0.5})
+    long = write_run(tmp_path / "20250101-000001-rloo", {0: 0.5, 1: 0.75})
+    for runs in (short, long), (long, short):
+        compare.main(compare.Args(runs=runs))
+        out, err = capsys.readouterr()
+        assert "rloo (1)" in out and "| 1    | 0.750 " in out
+        assert err == f"{runs[1]}: arguments and seed of another run; the longer one is taken\n"
+
+
+def test_another_metric(tmp_path, capsys):
+    folder = write_run(tmp_path / "rloo", {0: 0.5}, '{"step": 1, "kl": 0.25}\n{"step": 2, "kl": 0}\n')
+    compare.main(compare.Args(runs=(folder,), metric="kl"))
+    out = capsys.readouterr().out
+    assert "| 1    | 0.250 " in out and "| 2    | 0.000 " in out and "| 0 " not in out
+    assert "give folders with a config.json and, in metrics.jsonl, no, or another" in refused(
+        runs=(folder,), metric="no"
+    )
+
+
+@pytest.mark.parametrize(
+    "line", ["{", '["step"]', '{"eval/reward": 1.0}', '{"step": 1, "eval/reward": "high"}', '{"step": 1, "eval/rew\n{}']
+)
+def test_a_line_that_cannot_be_read(tmp_path, line):
+    folder = write_run(tmp_path / "rloo", {0: 0.5}, line + "\n")
+    assert refused(runs=(folder,)).startswith(f"{folder}/metrics.jsonl, line 2: needs ")
+
+
+def test_a_config_that_cannot_be_read(tmp_path):
+    folder = write_run(tmp_path / "rloo", {0: 0.5})
+    Path(folder, "config.json").write_text('{"seed": 0')
+    assert refused(runs=(folder,)).startswith(f"cannot read {folder}/config.json, the arguments of a run (JSON")
+
+
+def test_a_picture_without_matplotlib(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not there
+    message = refused(runs=(write_run(tmp_path / "rloo", {0: 0.5}),), plot=str(tmp_path / "curves.svg"))
+    assert message.startswith("--plot needs matplotlib: uv run --with matplotlib -m nano_rl.compare ...")
+    assert "| 0    | 0.500 " in capsys.readouterr().out and not (tmp_path / "curves.svg").exists()
+
+
+# ---- Alone ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_alone(model, tmp_path):
+    """Copied into an empty folder it runs, without a progress bar in the output."""
+    shutil.copy(ROOT / "nano_rl" / "compare.py", tmp_path)
+    command = [sys.executable, "compare.py", "--policies", model, model, "--max-new-tokens", "4", "--num-samples", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.startswith("A: ")
+    assert [path.name for path in tmp_path.glob("runs/*-compare/comparison.json")] == ["comparison.json"]
