@@ -31,6 +31,8 @@ Differs from the papers:
     3. The moving average is exponential and starts at the held-out reward; Ahmadian et al. average all past rewards.
     4. A completion cut off at T is scored and trained like any other.
     5. --whiten-advantages centres Â and divides it by its standard deviation: no longer the gradient of E[R].
+    6. --uncertainty-penalty divides Â_i by 1 + σ_i, the deviation of a probabilistic reward model's score: nor is that,
+       as a bad completion that the model is unsure of is pushed down less.
 
 Run: uv run -m nano_rl.reinforce
 """
@@ -91,6 +93,7 @@ class Args:  # a flag's comment is its --help
     baseline: Literal["none", "mean", "ema", "scst"] = "mean"  # what a reward is compared with (b)
     ema_beta: float = 0.9  # weight of the past in --baseline ema (α)
     whiten_advantages: bool = False  # centre the advantages of a batch and divide by their standard deviation
+    uncertainty_penalty: bool = False  # divide an advantage by 1 + σ of its score, by a reward model of several labels
 
 
 MAY_BE_ZERO = "lora_rank brevity_penalty_scale kl_coef seed eval_every save_every ema_beta".split()
@@ -174,8 +177,12 @@ def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float
         # One by one: padding could move the token that the score is read at.
         logits = torch.cat([model(**encode(pair)).logits for pair in pairs])  # (N, K)
         values = torch.arange(1, logits.shape[1] + 1, device=device)  # (K,), what each label is worth if K > 1
-        return (logits if len(values) == 1 else logits.softmax(dim=1) * values).sum(dim=1).tolist()
+        p = logits.softmax(dim=1)  # (N, K)
+        means = (p * values).sum(dim=1)  # (N,)
+        expected_score.deviations = (p * (values - means[:, None]) ** 2).sum(dim=1).sqrt()  # (N,), σ
+        return (logits[:, 0] if len(values) == 1 else means).tolist()
 
+    expected_score.has_deviations = model.config.num_labels > 1
     return expected_score
 
 
@@ -439,6 +446,8 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
     if args.ema_beta > 1:
         sys.exit(f"--ema-beta {args.ema_beta}: must be at most 1")
     reward_fn = reward_fn or load_reward_fn(args, device)
+    if args.uncertainty_penalty and not getattr(reward_fn, "has_deviations", False):
+        sys.exit("--uncertainty-penalty needs a --reward-model with several labels")
     policy, tokenizer = load(AutoModelForCausalLM, args.model, device)
     policy = add_lora(policy, args) if args.lora_rank else policy
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", sys.maxsize)
@@ -488,6 +497,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         # 2. score
         rewards = score(reward_fn, drawn[mine], completions).to(device)  # (n,)
         greedy_rewards = kl = torch.zeros_like(rewards)  # (n,)
+        deviations = reward_fn.deviations if args.uncertainty_penalty else kl  # (n,), σ
         if args.baseline == "scst":
             _, greedy_completions = sample(sampler, tokenizer, drawn[mine], temperature=0.0)
             greedy_rewards = score(reward_fn, drawn[mine], greedy_completions).to(device)
@@ -496,12 +506,14 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
             sampler.load_state_dict(ref_weights, strict=False)  # the same arithmetic: equal weights have a KL of 0
             kl = (logprobs - score_logprobs(sampler, batch, args)).sum(dim=1)  # (n,)
         lengths, num_tokens = batch["mask"].sum(dim=1), batch["attention_mask"].sum(dim=1)  # (n,)
-        columns = torch.stack([rewards, greedy_rewards, kl, lengths, num_tokens, batch["terminated"]], dim=1)  # (n, 6)
-        rewards, greedy_rewards, kl, lengths, num_tokens, terminated = accelerator.gather(columns).T  # (N,) each
+        columns = [rewards, greedy_rewards, deviations, kl, lengths, num_tokens, batch["terminated"]]
+        columns = accelerator.gather(torch.stack(columns, dim=1)).T  # (7, N)
+        rewards, greedy_rewards, deviations, kl, lengths, num_tokens, terminated = columns
         penalized = rewards - args.kl_coef * kl  # (N,), (1)
 
         # 3. advantages
         advantages = compute_advantages(penalized, args.baseline, state["ema"], greedy_rewards, args.whiten_advantages)
+        advantages = advantages / (1 + deviations)
         state["ema"] = args.ema_beta * state["ema"] + (1 - args.ema_beta) * penalized.mean().item()  # after its use
 
         # 4. update

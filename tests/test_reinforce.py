@@ -1,0 +1,72 @@
+"""What reinforce.py alone has: --uncertainty-penalty."""
+
+import math
+
+import pytest
+import torch
+from test_run import TINY
+from tiny import save_reward_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import nano_rl.reinforce as reinforce
+import nano_rl.rloo as rloo
+
+
+def test_an_uncertain_score_counts_less(model, tmp_path, monkeypatch):
+    """Each advantage is divided by 1 + the deviation of its own score, in the order of the completions."""
+    reward_model = save_reward_model(tmp_path / "reward", num_labels=4)
+    seen, compute_loss, score = [], reinforce.compute_loss, reinforce.score
+
+    def keep_advantages(logprobs, advantages, *rest):
+        seen[-1]["trained"] += advantages.tolist()
+        return compute_loss(logprobs, advantages, *rest)
+
+    def keep_texts(reward_fn, examples, completions):
+        texts = [(example["prompt"], completion) for example, completion in zip(examples, completions)]
+        seen.append({"texts": texts, "trained": []})
+        return score(reward_fn, examples, completions)
+
+    monkeypatch.setattr(reinforce, "compute_loss", keep_advantages)
+    monkeypatch.setattr(reinforce, "score", keep_texts)
+    for penalty in (False, True):
+        args = TINY | {"num_steps": 1, "batch_size": 6, "reward_model": reward_model, "uncertainty_penalty": penalty}
+        reinforce.train(reinforce.Args(model=model, output_dir=str(tmp_path / str(penalty)), **args))
+    plain, penalized = (batch for batch in seen if batch["trained"])
+    assert plain["texts"] == penalized["texts"]  # the first step draws the same
+
+    judge = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    tokenizer = AutoTokenizer.from_pretrained(reward_model)
+    factors = []
+    for prompt, completion in plain["texts"]:
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+        p = judge(**ids).logits[0].softmax(dim=0).tolist()
+        mean = sum(k * p_k for k, p_k in enumerate(p, start=1))
+        factors.append(1 + math.sqrt(sum(p_k * (k - mean) ** 2 for k, p_k in enumerate(p, start=1))))
+    assert max(factors) - min(factors) > 0.01
+    # Training goes through the rows by length, in the same order twice.
+    ratios = sorted(a / b for a, b in zip(plain["trained"], penalized["trained"], strict=True))
+    assert ratios == pytest.approx(sorted(factors), rel=1e-4)
+
+
+@pytest.mark.parametrize("num_labels", [0, 1])
+def test_the_penalty_needs_a_distribution(model, tmp_path, num_labels):
+    reward_model = save_reward_model(tmp_path / "reward") if num_labels else None
+    args = TINY | {"uncertainty_penalty": True, "reward_model": reward_model}
+    with pytest.raises(SystemExit, match="--uncertainty-penalty needs a --reward-model with several labels"):
+        reinforce.train(reinforce.Args(model=model, output_dir=str(tmp_path / "run"), **args))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_label_is_the_score_and_several_their_expected_value(tmp_path):
+    """The same rewards as in the files that know no deviation."""
+    for num_labels in (1, 4):
+        folder = save_reward_model(tmp_path / str(num_labels), num_labels=num_labels)
+        args = {"reward_model": folder}
+        ours, theirs = (
+            file.load_reward_fn(file.Args(**args), torch.device("cpu"))(
+                prompts=["the sea"] * 2, completions=["a", "sun"]
+            )
+            for file in (reinforce, rloo)
+        )
+        assert ours == pytest.approx(theirs, abs=1e-6) and ours[0] != ours[1]
