@@ -2,7 +2,7 @@
 
     uv run --with trl==1.16.0 --with datasets tests/benchmark.py
     uv run --with trl==1.16.0 --with datasets tests/benchmark.py --completions 8 32 64 --algorithms grpo
-    uv run --extra lora tests/benchmark.py --memory
+    uv run --extra lora tests/benchmark.py --memory --algorithms reinforce rloo remax raft grpo ppo
     uv run tests/benchmark.py --generation
 
 Each run is a process of its own, and the two take turns. Model, prompts, group size, precision, learning rate and KL
@@ -67,7 +67,7 @@ SHAPES = {  # of models with random weights
 
 @dataclass
 class Args:
-    algorithms: tuple[str, ...] = ("rloo", "grpo")  # of both
+    algorithms: tuple[str, ...] = ("rloo", "grpo")  # of both; with --memory, any files
     completions: tuple[int, ...] = (16,)  # completions a step, each a size of its own
     lengths: tuple[int, ...] = (64,)  # tokens of a completion, each a size of its own
     rounds: int = 1  # turns of each
@@ -254,7 +254,7 @@ def main(args: Args) -> None:
         job = {"framework": "nano_rl", "model": folder, "steps": args.steps + 1}
         sizes = [{"completions": n, "length": length} for n in args.completions for length in args.lengths]
         if args.memory:
-            show_memory(job | sizes[0])
+            show_memory(job | sizes[0], args.algorithms)
             return
         print("| round | algorithm | completions x tokens | | s/step | sampling | scoring | training | tokens/s | GB |")
         print("|---|---|---|---|---|---|---|---|---|---|")
@@ -269,10 +269,10 @@ def run_process(job: dict) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def show_memory(job: dict) -> None:
+def show_memory(job: dict, algorithms: tuple[str, ...]) -> None:
     """The peak of each file, of its process or on the GPU."""
     print("| file | all weights, GB | adapters (--lora-rank 16), GB |\n|---|---|---|")
-    for algorithm in ("reinforce", "rloo", "remax", "raft", "grpo", "ppo"):
+    for algorithm in algorithms:
         peaks = [run_process(job | {"algorithm": algorithm, "lora_rank": rank})["memory"] for rank in (0, 16)]
         print(f"| {algorithm}.py | {peaks[0]:.1f} | {peaks[1]:.1f} |", flush=True)
 

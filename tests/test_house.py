@@ -13,7 +13,7 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "nano_rl").glob("*.py"))
+FILES = sorted((ROOT / "nano_rl").glob("[a-z]*.py"))
 LADDER = [ROOT / "nano_rl" / f"{name}.py" for name in ("reinforce", "rloo", "remax", "raft", "grpo", "ppo")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -51,11 +51,13 @@ def parts(file: Path) -> dict[str, str]:
     return found | {"flag " + line.split(":")[0].strip(): line for line in flags}
 
 
-@pytest.mark.parametrize("file", LADDER[1:], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", LADDER[:1] + LADDER[2:], ids=lambda file: file.stem)
 def test_sameness(file):
     """What two files share is the same to the letter, so that their diff is the difference of two algorithms."""
-    first, ours = parts(LADDER[0]), parts(file)
+    first, ours = parts(LADDER[1]), parts(file)
     shared = (first.keys() & ours.keys()) - DIFFERENT
+    if file.stem == "reinforce":
+        shared -= {"load_reward_fn"}  # with the deviation of a score, for its --uncertainty-penalty
     assert {name for name in shared if first[name] != ours[name]} == set()
     assert {name for name in first if name.startswith("flag ")} <= shared
     assert len(shared) > 35
@@ -70,7 +72,7 @@ def test_budgets(file):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             lengths[node.name] = node.end_lineno - node.lineno + 1
     lengths["algorithm"] = lengths["compute_advantages"] + lengths["compute_loss"]
-    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 135, "file": 563}
+    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 135, "file": 568}
     if file.stem == "ppo":  # a second model
         budgets |= {"train": 165, "file": 636}
     assert {name: lengths[name] for name in budgets if lengths[name] > budgets[name]} == {}
@@ -83,10 +85,21 @@ def test_help_fits_a_terminal_and_shows_defaults(file):
     assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80
     flags = re.findall(r"^│ (--[\w-]+)", done.stdout, re.MULTILINE)
     text = " ".join(re.sub(r"[│╭╰─]", " ", done.stdout).split())
-    assert "--micro-batch-tokens" in flags and "(default: 16)" in text
+    assert "--model" in flags or "--policies" in flags
+    assert "(default: " in text
     for flag in flags:
         described = re.split(rf" {flag}[ ,]", text, maxsplit=1)[1]
         assert re.search(r"[a-z]{2,} [a-z]", described.split("(default")[0]), f"{flag} has no help"
+
+
+def test_the_package_names_its_files():
+    """`uv run -m nano_rl` prints each file with the idea of its docstring, and how to start."""
+    done = subprocess.run([sys.executable, "-m", "nano_rl"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) < 80
+    assert {line.split()[0] for line in done.stdout.splitlines() if re.match("[a-z]", line)} == {f.stem for f in FILES}
+    text = " ".join(done.stdout.split())
+    assert all(ast.get_docstring(ast.parse(file.read_text())).splitlines()[0] in text for file in FILES)
+    assert "uv run -m nano_rl.reinforce --help" in text
 
 
 def test_the_parent_projects_commands():

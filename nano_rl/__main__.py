@@ -1,0 +1,19 @@
+"""The files and how to start them: uv run -m nano_rl"""
+
+import ast
+import textwrap
+from pathlib import Path
+
+FILES = "reinforce rloo remax raft grpo ppo sft reward_model gsm8k compare".split()  # in the order to read them in
+
+
+def main() -> None:
+    for name in FILES:
+        source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        idea = ast.get_docstring(ast.parse(source)).splitlines()[0]
+        print(textwrap.fill(f"{name:14}{idea}", width=79, subsequent_indent=" " * 14))
+    print("\nStart one:  uv run -m nano_rl.reinforce\nIts flags:  uv run -m nano_rl.reinforce --help")
+
+
+if __name__ == "__main__":
+    main()
