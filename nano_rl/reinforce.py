@@ -169,7 +169,8 @@ def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float
     def encode(messages: list[dict]) -> dict[str, Tensor]:
         if tokenizer.chat_template:
             return tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True).to(device)
-        return tokenizer(messages[-2]["content"], messages[-1]["content"], return_tensors="pt").to(device)
+        prompt = "\n".join(message["content"] for message in messages[:-1])  # as the policy reads it
+        return tokenizer(prompt, messages[-1]["content"], return_tensors="pt").to(device)
 
     @torch.no_grad()
     def expected_score(prompts: list, completions: list, **_) -> list[float]:

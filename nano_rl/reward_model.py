@@ -111,7 +111,8 @@ def encode(tokenizer, messages: list[dict]) -> list[int]:
     """The tokens of a conversation, exactly those that the other files give to their --reward-model."""
     if tokenizer.chat_template:
         return tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-    return tokenizer(messages[-2]["content"], messages[-1]["content"])["input_ids"]
+    prompt = "\n".join(message["content"] for message in messages[:-1])  # as the policy reads it
+    return tokenizer(prompt, messages[-1]["content"])["input_ids"]
 
 
 def choose_pad(tokenizer) -> None:

@@ -80,7 +80,7 @@ def test_budgets(file):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             lengths[node.name] = node.end_lineno - node.lineno + 1
     lengths["algorithm"] = lengths["compute_advantages"] + lengths["compute_loss"]
-    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 135, "file": 568}
+    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 135, "file": 569}
     if file.stem == "ppo":  # a second model
         budgets |= {"train": 165, "file": 636}
     assert {name: lengths[name] for name in budgets if lengths[name] > budgets[name]} == {}
@@ -96,7 +96,7 @@ def test_help_fits_a_terminal_and_shows_defaults(file):
     assert "--model" in flags or "--policies" in flags
     assert "(default: " in text
     for flag in flags:
-        described = re.split(rf" {flag}[ ,]", text, maxsplit=1)[1]
+        described = " ".join(re.sub(r"[│╭╰─]", " ", re.split(rf"│ {flag}[ ,]", done.stdout)[1]).split())
         assert re.search(r"[a-z]{2,} [a-z]", described.split("(default")[0]), f"{flag} has no help"
 
 

@@ -295,6 +295,9 @@ def test_reward_model_scores_one_text_at_a_time(tmp_path, num_labels, chat):
     messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
     answers = [[{"role": "assistant", "content": completion}] for completion in completions]
     assert reward_fn(prompts=messages, completions=answers) == pytest.approx(together)
+    turns = [{"role": "user", "content": "write"}, {"role": "system", "content": "about the sea"}]
+    if not chat:  # the whole conversation, as the policy reads it
+        assert reward_fn(prompts=[turns], completions=completions[:1]) == pytest.approx(together[:1])
 
 
 def test_lexical_richness():
