@@ -79,7 +79,7 @@ def test_a_run_writes_its_files(model, tmp_path, flags, capsys):
 
 
 def test_the_policy_is_an_ordinary_folder_and_has_learnt(model, tmp_path):
-    folder = run(model, tmp_path / "run", reward_fn=lambda completions, **_: [float("sun" in c) for c in completions])
+    folder = run(model, tmp_path / "run", reward_fn=lambda completions, **_: [float(len(c)) for c in completions])
     assert not same(weights(folder), AutoModelForCausalLM.from_pretrained(model).state_dict())
     policy, tokenizer = (
         AutoModelForCausalLM.from_pretrained(folder / "policy"),
