@@ -64,7 +64,7 @@ class Args:  # a flag's comment is its --help
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
     reward_model: str | None = None  # score by this sequence-classification model, a hub name or a folder
     reward_fn: str | None = None  # score by module:function, called as in TRL, f(prompts, completions, **columns)
-    brevity_penalty_scale: float = 0.0  # penalty of an answer without words; 0 from max_new_tokens / 3 words on
+    brevity_penalty_scale: float = 0.5  # penalty of an answer without words; 0 from max_new_tokens / 3 words on
     max_new_tokens: int = 64  # longest completion (T)
     temperature: float = 0.7  # of π_θ, in sampling and in training
     static_cache: bool = False  # sample with a cache of fixed size: a GPU then compiles the decoding, once, slowly
@@ -142,7 +142,7 @@ def load_prompts(args: Args, tokenizer, context: int) -> list[dict]:
 
 def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float]]:
     """f(prompts, completions, **columns): --reward-fn, --reward-model or lexical richness."""
-    if bool(args.reward_fn) + bool(args.reward_model) + bool(args.brevity_penalty_scale) > 1:
+    if bool(args.reward_fn) + bool(args.reward_model) + (args.brevity_penalty_scale != Args.brevity_penalty_scale) > 1:
         sys.exit("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
     if args.reward_fn:
         with one_line(f"cannot import --reward-fn {args.reward_fn} as module:function"):

@@ -73,12 +73,12 @@ class Args:  # a flag's comment is its --help
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
     reward_model: str | None = None  # score by this sequence-classification model, a hub name or a folder
     reward_fn: str | None = None  # score by module:function, called as in TRL, f(prompts, completions, **columns)
-    brevity_penalty_scale: float = 0.0  # penalty of an answer without words; 0 from max_new_tokens / 3 words on
+    brevity_penalty_scale: float = 0.5  # penalty of an answer without words; 0 from max_new_tokens / 3 words on
     batch_size: int = 16  # completions a step in each process; N over all of them
     num_steps: int = 15  # rounds of sampling and updating
     max_new_tokens: int = 64  # longest completion (T)
     temperature: float = 0.7  # of π_θ, in sampling and in training
-    learning_rate: float = 4e-5  # step size of Adam, constant
+    learning_rate: float = 8e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     kl_coef: float = 0.0  # weight of the KL to the starting policy (β); at 0 there is no pass for it
     static_cache: bool = False  # sample with a cache of fixed size: a GPU then compiles the decoding, once, slowly
@@ -156,7 +156,7 @@ def load_prompts(args: Args, tokenizer, context: int) -> list[dict]:
 
 def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float]]:
     """f(prompts, completions, **columns): --reward-fn, --reward-model or lexical richness."""
-    if bool(args.reward_fn) + bool(args.reward_model) + bool(args.brevity_penalty_scale) > 1:
+    if bool(args.reward_fn) + bool(args.reward_model) + (args.brevity_penalty_scale != Args.brevity_penalty_scale) > 1:
         sys.exit("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
     if args.reward_fn:
         with one_line(f"cannot import --reward-fn {args.reward_fn} as module:function"):
@@ -357,19 +357,21 @@ def compute_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num_complet
 
 # ---- Evaluate -------------------------------------------------------------------------------------------------------
 def evaluate(policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args: Args) -> tuple[dict, list[dict]]:
-    """Held-out reward and, beside it, what the reward does not see: words, and log π_ref of a token (fluency)."""
+    """Held-out reward and, beside it, what the reward does not see: words, and a token's KL to π_ref and log π_ref."""
     group_size = max(1, 32 // len(held_out))  # 32 completions, or one a prompt
     examples = [example for example in held_out for _ in range(group_size)]
     set_seed(args.seed)  # the same draws at every evaluation
     sampler.load_state_dict(trained_weights(policy), strict=False)
     batch, completions = sample(sampler, tokenizer, examples, args.temperature, group_size)
     rewards = score(reward_fn, examples, completions)
+    logprob = score_logprobs(sampler, batch, args).sum() / batch["mask"].sum()
     sampler.load_state_dict(ref_weights, strict=False)  # the sampler is π_ref until it is refreshed
     ref_logprob = score_logprobs(sampler, batch, args).sum() / batch["mask"].sum()
     num_words = sum(len(WORD.findall(completion)) for completion in completions) / len(completions)
     standard_error = rewards.view(-1, group_size).mean(dim=1).std() / math.sqrt(len(held_out))  # over prompts
     metrics = {"eval/reward": rewards.mean().item(), "eval/reward_se": standard_error.item()}
-    metrics |= {"eval/words": num_words, "eval/ref_logprob": ref_logprob.item()}
+    metrics |= {"eval/words": num_words, "eval/kl": (logprob - ref_logprob).item()}
+    metrics |= {"eval/ref_logprob": ref_logprob.item()}  # fluency, as the start judges it
     return metrics, as_rows("held_out", examples, completions, rewards)
 
 

@@ -67,7 +67,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 @dataclass
 class Args:  # a flag's comment is its --help
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train, a hub name or a folder
-    learning_rate: float = 4e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
     seed: int = 0  # of the samples and of the order of the prompts
@@ -83,6 +82,7 @@ class Args:  # a flag's comment is its --help
     head: Literal["scalar", "probabilistic"] = "scalar"  # a score, or a distribution over scores 1 to --num-scores
     num_scores: int = 10  # scores of --head probabilistic (K)
     center_coef: float = 0.01  # of --head scalar: weight of the square of a pair's summed scores (η)
+    learning_rate: float = 4e-5  # step size of Adam, constant
     max_length: int = 1024  # longer texts lose their beginning, in tokens
     rows_per_step: int = 16  # pairs, or labelled texts, a step (B)
     num_steps: int = 0  # updates; 0: as many as one pass over the training rows takes

@@ -58,7 +58,6 @@ class Args:  # a flag's comment is its --help
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train, a hub name or a folder
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
     batch_size: int = 16  # completions a step in each process; N over all of them
-    learning_rate: float = 4e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
     seed: int = 0  # of the samples and of the order of the prompts
@@ -69,6 +68,7 @@ class Args:  # a flag's comment is its --help
     # Algorithm
     data: str | None = None  # JSON lines {"prompt", "completion": text or messages}, or {"text": text}
     eval_data: str | None = None  # held-out rows; not given: the rows of the last prompts, a tenth (2 to 512)
+    learning_rate: float = 4e-5  # step size of Adam, constant
     max_length: int = 1024  # longer rows lose the end of their completion, in tokens
     num_steps: int = 0  # updates; 0: as many as one pass over the training rows takes
     eval_every: int = 0  # steps between evaluations on the held-out rows; 0: only before and after

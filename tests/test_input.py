@@ -102,7 +102,7 @@ def test_no_room_for_a_prompt(model, tmp_path):
 
 
 def test_two_ways_to_score(model, tmp_path):
-    message = refused(model, tmp_path, reward_model=model, brevity_penalty_scale=0.5)
+    message = refused(model, tmp_path, reward_model=model, brevity_penalty_scale=0.4)
     assert message.startswith("choose one of --reward-fn, --reward-model and --brevity-penalty-scale")
 
 
