@@ -1,0 +1,229 @@
+"""The README's experiments: trains what they compare, and prints their tables.
+
+    uv run tests/experiments.py ladder                       # the six algorithms on lexical richness
+    uv run tests/experiments.py preferences --data FOLDER    # reward models, and REINFORCE on their scores
+    uv run tests/experiments.py imdb --data FOLDER           # SFT, a sentiment classifier, RLOO, REINFORCE and PPO
+    uv run tests/experiments.py arithmetic                   # answers that are right or wrong
+
+FOLDER holds train.jsonl and test.jsonl: for preferences {"prompt", "chosen", "rejected"}, such as the pairs that the
+package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the hub.
+
+Each run is a process with its share of the cores, --workers at a time. One that is done is not repeated, so that an
+experiment that was stopped goes on. A ± is a standard error over seeds where there are several, else over prompts.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Literal
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from nano_rl.gsm8k import correct, formatted  # noqa: E402
+
+LADDER = "reinforce rloo remax raft grpo ppo".split()
+
+
+@dataclass
+class Args:
+    experiment: tyro.conf.Positional[Literal["ladder", "preferences", "imdb", "arithmetic"]]
+    data: Path | None = None  # folder of train.jsonl and test.jsonl
+    seeds: tuple[int, ...] = (0, 1, 2)
+    workers: int = 2  # runs at a time
+    output_dir: Path = Path("runs/experiments")  # what is in it already is not run again
+    flags: str = ""  # more flags for every training run, such as "--num-steps 2"
+
+
+def correct_and_formatted(prompts: list, completions: list, answer: list, **_) -> list[float]:
+    """R1's two rewards by rule, added (DeepSeek-AI 2025, arXiv 2501.12948)."""
+    return [sum(pair) for pair in zip(correct(prompts, completions, answer), formatted(prompts, completions))]
+
+
+# ---- Run ------------------------------------------------------------------------------------------------------------
+def run_job(args: Args, job: tuple[str, str]) -> None:
+    """Runs `python -m` on a command; beside its own folder stand its output and its cost."""
+    name, command = job
+    cost, log = args.output_dir / f"{name}.json", args.output_dir / f"{name}.log"
+    if cost.exists():
+        return
+    shutil.rmtree(args.output_dir / name, ignore_errors=True)  # what a run that was stopped left
+    threads = str(max(1, os.cpu_count() // args.workers))
+    print(f"{name}: {command}", file=sys.stderr)
+    start_time = time.perf_counter()
+    with open(log, "w") as file:
+        command = [sys.executable, "-m", *command.split()]
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{name} failed: {log.read_text().strip().splitlines()[-1:]}, see {log}")
+    seconds = time.perf_counter() - start_time
+    cost.write_text(json.dumps({"seconds": seconds, "memory": usage.ru_maxrss / 2**20}))  # GB
+
+
+def run(args: Args, jobs: dict[str, str]) -> None:
+    """Runs commands by their names, --workers at a time, and returns when all are done."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.workers) as pool:
+        list(pool.map(partial(run_job, args), jobs.items()))
+
+
+def train(args: Args, jobs: dict[str, str]) -> None:
+    run(args, {name: f"nano_rl.{job} {args.flags} --output-dir {args.output_dir / name}" for name, job in jobs.items()})
+
+
+def train_seeds(args: Args, jobs: dict[str, str]) -> None:
+    train(args, {f"{name}-{seed}": f"{job} --seed {seed}" for seed in args.seeds for name, job in jobs.items()})
+
+
+# ---- Read and show --------------------------------------------------------------------------------------------------
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def estimate(values: list[float], digits: int = 3) -> str:
+    error = f" ± {stdev(values) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{error}"
+
+
+def show(columns: list[str], rows: list[list[str]]) -> None:
+    for row in columns, ["---"] * len(columns), *rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def learning(args: Args, name: str) -> list[str]:
+    """Cells of what train_seeds ran under a name: held-out reward before and after, and what it took."""
+    names = [f"{name}-{seed}" for seed in args.seeds]
+    metrics = [read(args.output_dir / name / "metrics.jsonl") for name in names]
+    costs = [json.loads((args.output_dir / f"{name}.json").read_text()) for name in names]
+    after = {key: [rows[-1][f"eval/{key}"] for rows in metrics] for key in ("reward", "words", "kl", "ref_logprob")}
+    gains = [rows[-1]["eval/reward"] - rows[0]["eval/reward"] for rows in metrics]
+    cells = [estimate([rows[0]["eval/reward"] for rows in metrics]), estimate(after["reward"]), estimate(gains)]
+    cells += [", ".join(f"{gain:+.3f}" for gain in gains)]
+    cells += [estimate(after["words"], 0), estimate(after["kl"], 2), estimate(after["ref_logprob"], 2)]
+    return cells + [estimate([cost["seconds"] for cost in costs], 0), f"{max(c['memory'] for c in costs):.1f}"]
+
+
+LEARNING = ["before", "after", "gain", "of each seed", "words", "KL a token", "log π_ref a token", "seconds", "GB"]
+
+
+# ---- The experiments ------------------------------------------------------------------------------------------------
+def ladder(args: Args) -> None:
+    """The six files with their defaults."""
+    train_seeds(args, {file: file for file in LADDER})
+    show(["file", *LEARNING], [[file, *learning(args, file)] for file in LADDER])
+
+
+def preferences(args: Args) -> None:
+    """Both heads on the same pairs; then REINFORCE on the scores of each, on the pairs' short prompts."""
+    short = {row["prompt"]: None for row in read(args.data / "train.jsonl") if len(row["prompt"]) <= 200}
+    prompts = write(args.output_dir / "prompts.jsonl", [{"prompt": prompt} for prompt in list(short)[:128]])
+    pairs = f"--pairs {args.data / 'train.jsonl'} --eval-pairs {args.data / 'test.jsonl'} --max-length 384"
+    heads = ("scalar", "probabilistic")
+    train(args, {head: f"reward_model {pairs} --num-steps 60 --head {head}" for head in heads})
+    reinforce = f"reinforce --baseline ema --kl-coef 0.02 --prompts {prompts} --reward-model {args.output_dir}"
+    jobs = {head: f"{reinforce}/{head}/reward_model" for head in heads}
+    jobs |= {"penalty": jobs["probabilistic"] + " --uncertainty-penalty"}
+    train_seeds(args, jobs)
+
+    last = {head: read(args.output_dir / head / "metrics.jsonl")[-1] for head in heads}
+    columns = ["head", "held-out accuracy", "the longer is better", "loss", "deviation of a score"]
+    cells = "{eval/accuracy:.3f} ± {eval/accuracy_se:.3f}", "{eval/longer_accuracy:.3f}", "{eval/loss:.3f}"
+    rows = [[head, *(cell.format(**last[head]) for cell in cells)] for head in heads]
+    show(columns, [row + [f"{last[row[0]]['eval/score_deviation'] or 0:.2f}"] for row in rows])
+    show(["reward", *LEARNING], [[name, *learning(args, name)] for name in jobs])
+
+
+def imdb(args: Args) -> None:
+    """A review of films is to go on in a good mood: 16 completions a step of 32 tokens for every algorithm."""
+    reviews, unseen = read(args.data / "train.jsonl"), read(args.data / "test.jsonl")
+    texts = write(args.output_dir / "texts.jsonl", [{"text": row["text"]} for row in reviews[:1200]])
+    beginnings = [{"prompt": " ".join(row["text"].split()[:8])} for row in unseen[:128]]
+    prompts = write(args.output_dir / "prompts.jsonl", beginnings)  # the last 32 are not trained on
+    jobs = {"sft": f"sft --data {texts} --max-length 96 --num-steps 60"}
+    # It learns from the end of a review, which is as long as what it will read.
+    jobs |= {"classifier": f"reward_model --labels {args.data / 'train.jsonl'} --max-length 64 --num-steps 150"}
+    train(args, jobs)
+    task = f"--prompts {prompts} --no-chat-template --max-new-tokens 32"
+    task += f" --reward-model {args.output_dir / 'classifier/reward_model'}"
+    start = args.output_dir / "sft/policy"
+    common = f"{task} --model {start} --kl-coef 0.05 --num-steps 20 --eval-every 0"
+    jobs = {f"rloo-k{k}": f"rloo {common} --group-size {k}" for k in (2, 4, 8)}
+    jobs |= {f"reinforce-{baseline}": f"reinforce {common} --baseline {baseline}" for baseline in ("mean", "none")}
+    jobs |= {"ppo": f"ppo {common}"}
+    train_seeds(args, jobs)
+
+    policies = [start, *(args.output_dir / f"{name}-{seed}/policy" for name in jobs for seed in args.seeds)]
+    compare = f"nano_rl.compare {task} --num-samples 8 --output-dir {args.output_dir / 'compare'} --policies"
+    run(args, {"compare": " ".join([compare, *map(str, policies)])})
+    letters = json.loads((args.output_dir / "compare/comparison.json").read_text())["policies"]
+    rows = read(args.output_dir / "compare/completions.jsonl")
+    positive = {policy: mean(row[letter]["reward"] > 0 for row in rows) for letter, policy in letters.items()}
+    print(f"held-out accuracy of the classifier: {read(args.output_dir / 'classifier/metrics.jsonl')[-1]}")
+    print(f"positive continuations of the start: {positive[str(start)]:.3f}")
+    rows = []
+    for name in jobs:
+        shares = [positive[str(args.output_dir / f"{name}-{seed}/policy")] for seed in args.seeds]
+        rows.append([name, estimate(shares), *learning(args, name)])
+    show(["run", "positive", *LEARNING], rows)
+
+
+def arithmetic(args: Args) -> None:
+    """Sums that SmolLM2 gets right now and then, in a few tokens; of GSM8K it solves next to none, in hundreds."""
+    texts = "Tom has {} apples and buys {} more. How many apples does he have?", "What is {} plus {}?"
+    sums = [(text.format(a, b), a, b) for text in texts for a in range(1, 16) for b in range(1, 16)]
+    random.Random(0).shuffle(sums)
+    rows = [{"prompt": text, "answer": str(a + b)} for text, a, b in sums]
+    questions = write(args.output_dir / "train.jsonl", rows[:-128])
+    test = write(args.output_dir / "test.jsonl", rows[-128:])
+    forms = [f"<think>{a} + {b} = {a + b}</think><answer>{a + b}</answer>" for _, a, b in sums]
+    examples = [{"prompt": text, "completion": form} for (text, *_), form in zip(sums[:96], forms)]
+    examples = write(args.output_dir / "forms.jsonl", examples)
+    task = f"--prompts {questions} --max-new-tokens 32 --num-steps 30"
+    rewards = "--reward-fn nano_rl.gsm8k:correct", "--reward-fn tests.experiments:correct_and_formatted"
+    train(args, {"sft": f"sft --data {examples} --num-steps 6"})
+    jobs = {"grpo": f"grpo {task} {rewards[0]}", "reinforce": f"reinforce {task} --kl-coef 0.02 {rewards[0]}"}
+    jobs |= {"format": f"grpo {task} {rewards[1]} --model {args.output_dir / 'sft/policy'}"}
+    train_seeds(args, jobs)
+
+    trained = {"sft": ["sft"]} | {name: [f"{name}-{seed}" for seed in args.seeds] for name in jobs}
+    ask = f"nano_rl.gsm8k --questions {test} --max-new-tokens 32 --results-dir {args.output_dir}"
+    asked = {"start-test": f"{ask}/start-test"}
+    for name in sum(trained.values(), []):
+        asked[f"{name}-test"] = f"{ask}/{name}-test --model {args.output_dir / name / 'policy'}"
+    run(args, asked)
+    rows = []
+    for name, runs in {"start": ["start"], **trained}.items():
+        answers = [read(args.output_dir / f"{run}-test/completions.jsonl") for run in runs]
+        shares = [[mean(row[key] for row in rows) for rows in answers] for key in ("reward", "formatted")]
+        rows.append([name, *(estimate(share) for share in shares), ", ".join(f"{share:.3f}" for share in shares[0])])
+    show(["policy", "accuracy", "formatted", "accuracy of each seed"], rows)
+
+
+def main(args: Args) -> None:
+    if args.experiment in ("preferences", "imdb") and not args.data:
+        sys.exit(f"{args.experiment} needs --data, a folder of train.jsonl and test.jsonl")
+    args.output_dir /= args.experiment
+    globals()[args.experiment](args)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
