@@ -40,6 +40,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -89,6 +90,7 @@ class Args:  # a flag's comment is its --help
 
 MAY_BE_ZERO = "lora_rank brevity_penalty_scale kl_coef seed eval_every save_every".split()
 PROGRESS = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # progress bars do not belong in a log file
+INTERRUPTS = []  # what Ctrl-C fills: the run stops after its step
 
 
 @contextmanager
@@ -413,6 +415,13 @@ def save(path: Path, write: Callable[[Path], None]) -> None:
         partial_path.unlink(missing_ok=True)
 
 
+def interrupt(number: int, _) -> None:
+    """Handles Ctrl-C: the step is finished and saved, to --resume from; a second Ctrl-C stops at once."""
+    INTERRUPTS.append(number)
+    signal.signal(number, signal.default_int_handler)
+    os.write(sys.stderr.fileno(), b"\nstopping after this step; again to stop at once\n")  # print could be interrupted
+
+
 def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Path:
     """Trains, on the rewards of `reward_fn` where one is given (also to resume), and returns the run's folder."""
     load_dotenv()  # HF_TOKEN, WANDB_API_KEY
@@ -521,11 +530,13 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         accelerator.log(metrics, step=step)
         if is_main:
             report(run, args, bar, metrics, samples)
-        if is_main and args.save_every and step % args.save_every == 0:
+        if is_main and (INTERRUPTS or args.save_every and step % args.save_every == 0):
             sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
             tensors = {"policy": trained_weights(policy), "optimizer": optimizer.state_dict()}
             checkpoint = state | tensors | {"log_sizes": sizes, "args": asdict(args)}
             save(run / "checkpoint.pt", partial(torch.save, checkpoint))
+        if INTERRUPTS:
+            sys.exit(f"stopped after step {step}: go on with --resume {run}")
 
     if is_main and args.lora_rank:
         save(run / "adapter", partial(policy.save_pretrained, save_embedding_layers=False))
@@ -538,4 +549,5 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
     train(tyro.cli(Args))

@@ -33,6 +33,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections import Counter, defaultdict
@@ -76,6 +77,7 @@ class Args:  # a flag's comment is its --help
 
 MAY_BE_ZERO = "seed save_every num_steps eval_every".split()
 PROGRESS = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # progress bars do not belong in a log file
+INTERRUPTS = []  # what Ctrl-C fills: the run stops after its step
 
 
 @contextmanager
@@ -309,6 +311,13 @@ def save(path: Path, write: Callable[[Path], None]) -> None:
         partial_path.unlink(missing_ok=True)
 
 
+def interrupt(number: int, _) -> None:
+    """Handles Ctrl-C: the step is finished and saved, to --resume from; a second Ctrl-C stops at once."""
+    INTERRUPTS.append(number)
+    signal.signal(number, signal.default_int_handler)
+    os.write(sys.stderr.fileno(), b"\nstopping after this step; again to stop at once\n")  # print could be interrupted
+
+
 def train(args: Args) -> Path:
     """Trains, and returns the run's folder; the model is in its policy."""
     load_dotenv()  # HF_TOKEN, WANDB_API_KEY
@@ -391,11 +400,13 @@ def train(args: Args) -> Path:
             metrics |= eval_metrics
         accelerator.log(metrics, step=step)
         report_step(run, args, bar, metrics, samples)
-        if args.save_every and step % args.save_every == 0:
+        if INTERRUPTS or args.save_every and step % args.save_every == 0:
             sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
             tensors = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint = state | tensors | {"log_sizes": sizes, "args": asdict(args)}
             save(run / "checkpoint.pt", partial(torch.save, checkpoint))
+        if INTERRUPTS:
+            sys.exit(f"stopped after step {step}: go on with --resume {run}")
 
     save(run / "policy", lambda folder: (policy.save_pretrained(folder), tokenizer.save_pretrained(folder)))
     bar.write(f"trained policy: {run / 'policy'}")
@@ -404,4 +415,5 @@ def train(args: Args) -> Path:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
     train(tyro.cli(Args))

@@ -4,6 +4,8 @@
     uv run tests/experiments.py preferences --data FOLDER    # reward models, and REINFORCE on their scores
     uv run tests/experiments.py imdb --data FOLDER           # SFT, a sentiment classifier, RLOO, REINFORCE and PPO
     uv run tests/experiments.py arithmetic                   # answers that are right or wrong
+    uv run tests/experiments.py baselines                    # REINFORCE's four, and no brevity penalty
+    uv run tests/experiments.py variance                     # of REINFORCE's gradient, with each baseline
 
 FOLDER holds train.jsonl and test.jsonl: for preferences {"prompt", "chosen", "rejected"}, such as the pairs that the
 package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the hub.
@@ -27,18 +29,22 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Literal
 
+import torch
 import tyro
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from nano_rl import reinforce  # noqa: E402
 from nano_rl.gsm8k import correct, formatted  # noqa: E402
 
 LADDER = "reinforce rloo remax raft grpo ppo".split()
+BASELINES = "none mean ema scst".split()
 
 
 @dataclass
 class Args:
-    experiment: tyro.conf.Positional[Literal["ladder", "preferences", "imdb", "arithmetic"]]
+    experiment: tyro.conf.Positional[Literal["ladder", "preferences", "imdb", "arithmetic", "baselines", "variance"]]
     data: Path | None = None  # folder of train.jsonl and test.jsonl
     seeds: tuple[int, ...] = (0, 1, 2)
     workers: int = 2  # runs at a time
@@ -216,6 +222,63 @@ def arithmetic(args: Args) -> None:
         shares = [[mean(row[key] for row in rows) for rows in answers] for key in ("reward", "formatted")]
         rows.append([name, *(estimate(share) for share in shares), ", ".join(f"{share:.3f}" for share in shares[0])])
     show(["policy", "accuracy", "formatted", "accuracy of each seed"], rows)
+
+
+def baselines(args: Args) -> None:
+    """REINFORCE with each baseline, and with the default one where short answers are not penalised."""
+    jobs = {baseline: f"reinforce --baseline {baseline}" for baseline in BASELINES}
+    jobs |= {"no-penalty": "reinforce --brevity-penalty-scale 0"}
+    train_seeds(args, jobs)
+    show(["baseline", *LEARNING], [[name, *learning(args, name)] for name in jobs])
+
+
+def spread(total: list[torch.Tensor], squares: float, n: int) -> tuple[float, float]:
+    """From Σ g and Σ ‖g‖² of n vectors: their variance, summed over the coordinates, and ‖E[g]‖², both unbiased."""
+    mean_square = sum((part / n).square().sum().item() for part in total)  # ‖mean g‖²
+    of_one = (squares - n * mean_square) / (n - 1)
+    return of_one, mean_square - of_one / n
+
+
+def variance(args: Args, options: reinforce.Args | None = None, num_batches: int = 16) -> None:
+    """Of the gradient's estimate g from one batch, with a policy that stays as it starts."""
+    options = options or reinforce.Args()
+    policy, tokenizer = reinforce.load(AutoModelForCausalLM, options.model, torch.device("cpu"))
+    examples = reinforce.load_prompts(options, tokenizer, policy.config.max_position_embeddings)
+    sampler, reward_fn = (
+        reinforce.make_sampler(policy, tokenizer, options),
+        reinforce.load_reward_fn(options, policy.device),
+    )
+    parameters = list(policy.parameters())
+    total = {name: [torch.zeros_like(weight) for weight in parameters] for name in BASELINES}  # Σ g
+    squares = dict.fromkeys(BASELINES, 0.0)  # Σ ‖g‖²
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=reinforce.has_bfloat16(policy.device))
+    shuffle = random.Random(0)
+    torch.manual_seed(0)
+    examples, held_out = examples[:-8], examples[-8:]
+    _, completions = reinforce.sample(sampler, tokenizer, held_out, options.temperature)
+    ema = reinforce.score(reward_fn, held_out, completions).mean().item()  # as a run starts it
+    for _ in range(num_batches):
+        drawn = shuffle.sample(examples, options.batch_size)
+        batch, completions = reinforce.sample(sampler, tokenizer, drawn, options.temperature)
+        _, greedy = reinforce.sample(sampler, tokenizer, drawn, temperature=0.0)
+        rewards, greedy_rewards = [reinforce.score(reward_fn, drawn, texts) for texts in (completions, greedy)]
+        for name in BASELINES:
+            advantages = reinforce.compute_advantages(rewards, name, ema, greedy_rewards, whiten=False)
+            for rows, part in reinforce.micro_batches(batch, list(range(len(rewards))), options.micro_batch_tokens):
+                with autocast:
+                    logprobs = reinforce.compute_logprobs(policy, part, options.temperature)
+                reinforce.compute_loss(logprobs, advantages[rows], part["mask"], len(rewards)).backward()
+            for weight, sums in zip(parameters, total[name]):
+                sums += weight.grad
+                squares[name] += weight.grad.square().sum().item()
+                weight.grad = None
+        ema = options.ema_beta * ema + (1 - options.ema_beta) * rewards.mean().item()
+    rows = []
+    for name in BASELINES:
+        of_one, of_mean = spread(total[name], squares[name], num_batches)
+        rows.append([name, f"{of_one:.3g}", f"{of_mean:.3g}"])
+    print(f"{num_batches} batches of {options.batch_size} completions")
+    show(["baseline", "variance of the gradient", "its mean's squared norm"], rows)
 
 
 def main(args: Args) -> None:

@@ -1,16 +1,13 @@
-"""The shape of the project: what it depends on, how its files look, and that the README's commands exist."""
+"""The shape of the project: what it depends on, and how its files look."""
 
 import ast
-import importlib
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-import tyro
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "nano_rl").glob("[a-z]*.py"))
@@ -47,6 +44,7 @@ def parts(file: Path) -> dict[str, str]:
     named = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     found = {node.name: ast.get_source_segment(source, node) for node in named}
     found["imports"] = source.split('"""', 2)[2].split("@dataclass")[0]
+    found["program"] = source.split("__main__")[1]
     flags = source.split("class Args:")[1].split("\n\n")[0].split("    # Algorithm")[0].splitlines()[1:]
     return found | {"flag " + line.split(":")[0].strip(): line for line in flags}
 
@@ -66,7 +64,7 @@ def test_sameness(file):
 @pytest.mark.parametrize("file", sorted(set(FILES) - set(LADDER)), ids=lambda file: file.stem)
 def test_what_the_other_files_share_with_the_ladder(file):
     first, ours = parts(LADDER[1]), parts(file)
-    shared = (first.keys() & ours.keys()) - DIFFERENT - {"imports", "evaluate"}  # they import what they use
+    shared = (first.keys() & ours.keys()) - DIFFERENT - {"imports", "evaluate", "program"}  # they import what they use
     assert {name for name in shared if first[name] != ours[name]} == set()
     assert {"load", "one_line", "save"} <= shared
 
@@ -80,9 +78,9 @@ def test_budgets(file):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             lengths[node.name] = node.end_lineno - node.lineno + 1
     lengths["algorithm"] = lengths["compute_advantages"] + lengths["compute_loss"]
-    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 135, "file": 569}
+    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 137, "file": 583}
     if file.stem == "ppo":  # a second model
-        budgets |= {"train": 165, "file": 636}
+        budgets |= {"train": 165, "file": 650}
     assert {name: lengths[name] for name in budgets if lengths[name] > budgets[name]} == {}
 
 
@@ -117,14 +115,3 @@ def test_the_parent_projects_commands():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("cannot load none/none: "), done.stderr
         assert done.stderr.count("\n") == 1
-
-
-def test_readme_commands_parse():
-    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    assert "pip install uv && uv run -m nano_rl.reinforce" in readme and "uv run pytest" in readme
-    commands = re.findall(r"-m nano_rl\.(\w+)(.*)", readme)
-    assert len(commands) > 10
-    for name, flags in commands:
-        flags = shlex.split(flags.split("`")[0], comments=True)
-        if flags != ["--help"]:
-            tyro.cli(importlib.import_module(f"nano_rl.{name}").Args, args=flags)

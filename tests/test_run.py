@@ -130,6 +130,26 @@ def test_what_reaches_the_algorithm(model, tmp_path, monkeypatch):
         assert (greedy_rewards == 0).all()
 
 
+def test_an_evaluation_measures_the_kl_to_the_start(model, tmp_path, monkeypatch):
+    """Of a token, on the completions that it sampled: log π - log π_ref, each by a plain pass over the whole batch."""
+    batches, sample = [], reinforce.sample
+    monkeypatch.setattr(reinforce, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(reinforce, "sample", lambda *args: batches.append(sample(*args)) or batches[-1])
+    folder = run(model, tmp_path / "run")
+    first, last = [row for row in read(folder) if "eval/kl" in row][::2]
+    assert first["eval/kl"] == 0, "equal weights, so exactly 0"
+    batch = batches[-1][0]
+    start, trained = (
+        AutoModelForCausalLM.from_pretrained(model),
+        AutoModelForCausalLM.from_pretrained(folder / "policy"),
+    )
+    logprobs = [
+        reinforce.compute_logprobs(policy, batch, 1.0).sum() / batch["mask"].sum() for policy in (trained, start)
+    ]
+    assert last["eval/kl"] == pytest.approx((logprobs[0] - logprobs[1]).item(), rel=1e-3) and last["eval/kl"] != 0
+    assert last["eval/ref_logprob"] == pytest.approx(logprobs[1].item(), rel=1e-4)
+
+
 def test_scst_scores_the_greedy_completion_of_the_same_prompts(model, tmp_path, monkeypatch):
     calls, sample = [], reinforce.sample
 
@@ -300,6 +320,9 @@ def report_and_die(run, args, bar, metrics, samples):
         with open(run / "metrics.jsonl", "a") as file:
             file.write('{"step": 6, "rew')  # killed in the middle of a line
         kill()
+    if metrics["step"] == 3 and moment == "Ctrl-C":
+        signal.signal(signal.SIGINT, reinforce.interrupt)
+        os.kill(os.getpid(), signal.SIGINT)
 
 def save_half_and_die(state, path):
     save(state, path)
@@ -326,13 +349,17 @@ def flags(**args) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("moment", ["between checkpoints", "while saving", "before the policy"])
+@pytest.mark.parametrize("moment", ["between checkpoints", "while saving", "before the policy", "Ctrl-C"])
 def test_a_killed_run_resumes_to_the_same_bits(model, straight, tmp_path, moment):
     (tmp_path / "killer.py").write_text(KILLER)
     folder = tmp_path / "run"
     command = [sys.executable, "killer.py", moment, *flags(model=model, output_dir=folder, **(TINY | RESUMABLE))]
-    killed = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    if moment == "Ctrl-C":
+        assert killed.returncode == 1 and f"stopped after step 3: go on with --resume {folder}" in killed.stderr
+    else:
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (folder / "policy").exists()
     reinforce.train(reinforce.Args(resume=str(folder)))
     assert read(folder) == read(straight)
@@ -441,23 +468,41 @@ def test_two_processes_are_one_with_the_doubled_batch(model, tmp_path, name, opt
 
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "remax", "raft", "grpo", "ppo"])
-def test_a_copied_file_trains_and_resumes(model, tmp_path, name):
+def test_a_copied_file_trains_stops_at_ctrl_c_and_resumes(model, tmp_path, name):
     """Alone in an empty folder, without this project on the path; `.env` beside it is read."""
     shutil.copy(ROOT / "nano_rl" / f"{name}.py", tmp_path)
     (tmp_path / ".env").write_text("PROBE=0.5\n")
     (tmp_path / "probe.py").write_text(
-        "import os\n\ndef reward(prompts, completions, **columns):\n"
+        "import os, signal\n\ndef reward(prompts, completions, **columns):\n"
+        "    if len(completions) == 4 and not os.path.exists('pressed'):  # in the first step\n"
+        "        open('pressed', 'w').close()\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return [float(os.environ['PROBE']) * len(text) for text in completions]\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    for arguments in (
-        flags(model=model, reward_fn="probe:reward", **(TINY | {"num_steps": 2, "save_every": 1})),
-        ["--resume", "RUN", "--num-steps", "3"],
-    ):
-        arguments = [str(next(tmp_path.glob("runs/*"))) if word == "RUN" else word for word in arguments]
-        command = [sys.executable, f"{name}.py", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == "", "a log file holds no progress bars and no warnings"
+    options = dict(cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, f"{name}.py"]
+    start = flags(model=model, reward_fn="probe:reward", **(TINY | {"num_steps": 3}))
+    stopped = subprocess.run([*command, *start], **options)
     (folder,) = tmp_path.glob(f"runs/*-{name}")
+    advice = f"stopped after step 1: go on with --resume {folder.relative_to(tmp_path)}"
+    assert stopped.returncode == 1 and stopped.stderr.splitlines()[-1] == advice
+    assert "Traceback" not in stopped.stderr and not (folder / "policy").exists()
+    resumed = subprocess.run([*command, *advice.split()[-2:]], **options)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stderr == "", "a log file holds no progress bars and no warnings"
     assert [row["step"] for row in read(folder)] == [0, 1, 2, 3]
+    assert (folder / "policy").exists()
+
+
+def test_a_second_ctrl_c_does_not_wait(monkeypatch, capfd):
+    monkeypatch.setattr(reinforce, "INTERRUPTS", [])
+    before = signal.signal(signal.SIGINT, reinforce.interrupt)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert reinforce.INTERRUPTS == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "stopping after this step" in capfd.readouterr().err

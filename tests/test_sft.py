@@ -359,6 +359,24 @@ def test_more_steps(model, tmp_path):
     assert same(weights(folder), weights(straight))
 
 
+def test_ctrl_c_ends_the_run_after_its_step(model, tmp_path, monkeypatch):
+    """It needs no --save-every, and the run goes on to the weights of one without a stop."""
+    straight = run(model, tmp_path / "straight", num_steps=4)
+    report_step = sft.report_step
+
+    def press(*arguments):
+        report_step(*arguments)
+        sft.INTERRUPTS += [signal.SIGINT] * (arguments[3]["step"] == 2)
+
+    monkeypatch.setattr(sft, "INTERRUPTS", [])
+    monkeypatch.setattr(sft, "report_step", press)
+    with pytest.raises(SystemExit, match="stopped after step 2: go on with --resume"):
+        run(model, tmp_path / "run", num_steps=4)
+    sft.INTERRUPTS.clear()
+    sft.train(sft.Args(resume=str(tmp_path / "run")))
+    assert same(weights(tmp_path / "run"), weights(straight))
+
+
 # ---- Bad input ------------------------------------------------------------------------------------------------------
 
 

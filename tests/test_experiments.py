@@ -1,0 +1,86 @@
+"""The experiments' commands and tables, with runs that only write down what a run leaves."""
+
+import importlib
+import json
+from pathlib import Path
+
+import experiments
+import pytest
+import torch
+import tyro
+
+ROWS = {
+    "imdb": [{"text": f"a film number {i} of the year that I saw", "label": i % 2} for i in range(130)],
+    "preferences": [{"prompt": f"write {i}", "chosen": "a", "rejected": "b"} for i in range(130)],
+}
+METRICS = {"eval/reward": 0.5, "eval/words": 50.0, "eval/kl": 0.1, "eval/ref_logprob": -1.0, "eval/accuracy": 0.7}
+METRICS |= {"eval/accuracy_se": 0.02, "eval/longer_accuracy": 0.65, "eval/loss": 0.6, "eval/score_deviation": None}
+
+
+@pytest.mark.parametrize("name", ["ladder", "preferences", "imdb", "arithmetic", "baselines"])
+def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monkeypatch, capsys):
+    for split in ("train", "test"):
+        experiments.write(tmp_path / f"data/{split}.jsonl", ROWS.get(name, []))
+    written = set()
+
+    def pretend(args, job):
+        _, command = job
+        file, *flags = command.split()
+        module = importlib.import_module(file)
+        parsed = vars(tyro.cli(module.Args, args=flags))
+        for flag in ("model", "reward_model", "policies", "prompts", "data", "labels", "questions"):
+            for path in [parsed.get(flag)] if isinstance(parsed.get(flag), str) else parsed.get(flag) or []:
+                assert path in written or Path(path).is_file() or path == getattr(module.Args, flag, None), path
+        folder = Path(parsed.get("output_dir") or parsed["results_dir"])
+        assert folder not in written
+        written.update(map(str, (folder, folder / "policy", folder / "reward_model")))
+        experiments.write(folder / "metrics.jsonl", [METRICS | {"eval/reward": 0.25}, METRICS])
+        letters = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", parsed.get("policies", ())))
+        row = {"reward": 1.0, "formatted": 0.0} | {letter: {"reward": 1.0} for letter in letters}
+        experiments.write(folder / "completions.jsonl", [row])
+        (folder / "comparison.json").write_text(json.dumps({"policies": letters}))
+        folder.with_suffix(".json").write_text('{"seconds": 60, "memory": 4}')
+
+    monkeypatch.setattr(experiments, "run_job", pretend)
+    experiments.main(experiments.Args(name, data=tmp_path / "data", output_dir=tmp_path / "out", workers=1))
+    out = capsys.readouterr().out
+    if name == "arithmetic":
+        assert "| grpo | 1.000 ± 0.000 | 0.000 ± 0.000 | 1.000, 1.000, 1.000 |" in out
+    else:
+        assert "| 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 | +0.250, +0.250, +0.250 | 50 ± 0 |" in out
+
+
+def test_a_job_runs_once_and_a_failure_says_where(tmp_path, capsys):
+    args = experiments.Args("ladder", output_dir=tmp_path)
+    experiments.run(args, {"first": "calendar 2026 1"})
+    assert "January 2026" in (tmp_path / "first.log").read_text()
+    assert json.loads((tmp_path / "first.json").read_text())["memory"] > 0
+    (tmp_path / "first.log").unlink()
+    experiments.run(args, {"first": "calendar 2026 1"})
+    assert not (tmp_path / "first.log").exists()
+    with pytest.raises(RuntimeError, match="second failed: .*No module named no_such"):
+        experiments.run(args, {"second": "no_such"})
+    assert not (tmp_path / "second.json").exists()
+
+
+def test_the_spread_of_vectors():
+    vectors = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parts = [vectors[:, :2].sum(dim=0), vectors[:, 2:].sum(dim=0)]
+    of_one, of_mean = experiments.spread(parts, vectors.square().sum().item(), 6)
+    assert of_one == pytest.approx(vectors.var(dim=0).sum().item())
+    pairs = [vectors[i] @ vectors[j] for i in range(6) for j in range(6) if i != j]  # E[g g'] = ‖E[g]‖²
+    assert of_mean == pytest.approx(sum(pairs).item() / 30)
+
+
+def test_a_baseline_near_the_rewards_makes_the_gradient_less_noisy(model, capsys):
+    options = experiments.reinforce.Args(model=model, max_new_tokens=8)
+    experiments.variance(experiments.Args("variance"), options, num_batches=3)
+    cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    found = {name.strip("| "): (float(variance), float(square.strip(" |"))) for name, variance, square in cells}
+    assert list(found) == ["none", "mean", "ema", "scst"]
+    assert found["none"][0] > 10 * found["mean"][0] > 0
+
+
+def test_rewards_by_rule_are_added():
+    texts = ["<think>a</think><answer>7</answer>", "7", "<think>a</think><answer>8</answer>", "no"]
+    assert experiments.correct_and_formatted(["q"] * 4, texts, ["7"] * 4) == [2.0, 1.0, 1.0, 0.0]

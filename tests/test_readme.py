@@ -1,0 +1,90 @@
+"""Every command of the README runs, at a small size: a tiny model, one step, files of a few rows."""
+
+import importlib
+import json
+import re
+import shlex
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import tyro
+from tiny import save_policy, save_reward_model
+
+import nano_rl.reinforce as reinforce
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+FOUND = re.findall(r"-m nano_rl\.(\w+)([^`\n]*)", README.replace("\\\n", " "))
+COMMANDS = list(dict.fromkeys((name, " ".join(shlex.split(flags, comments=True))) for name, flags in FOUND))
+
+SMALL = dict(num_steps=1, batch_size=8, rows_per_step=2, max_new_tokens=4, eval_every=0, num_samples=1)
+FILES = {
+    "prompts.jsonl": [{"prompt": f"write about {i}"} for i in range(8)],
+    "answers.jsonl": [{"prompt": f"write about {i}", "completion": "the sea sings"} for i in range(8)],
+    "pairs.jsonl": [{"prompt": f"write {i}", "chosen": "the sea", "rejected": "a song"} for i in range(8)],
+    "reviews.jsonl": [{"text": f"the sea sings {i}", "label": i % 2} for i in range(8)],
+    "train.jsonl": [{"question": f"{i} + 1 ?", "answer": f"#### {i + 1}"} for i in range(8)],
+    "test.jsonl": [{"question": f"{i} + 1 ?", "answer": f"#### {i + 1}"} for i in range(8)],
+}
+
+
+def test_the_commands_are_found():
+    assert len(COMMANDS) > 25 and {name for name, _ in COMMANDS} >= {"reinforce", "grpo", "sft", "compare", "gsm8k"}
+    assert "pip install uv && uv run -m nano_rl.reinforce" in README and "uv run pytest" in README
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory) -> Path:
+    """What the commands read: their files, the reward function that the README defines, and runs."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name, rows in FILES.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my_rewards.py").write_text(re.search(r"```python\n(def .*?)```", README, re.DOTALL)[1])
+    save_reward_model(folder / "runs/now-reward_model/reward_model")
+    save_reward_model(folder / "scores", num_labels=10)
+    for name in "rloo", "grpo":
+        save_policy(folder / f"runs/now-{name}/policy")
+    run = str(folder / "runs/now-reinforce")
+    reinforce.train(
+        reinforce.Args(model=model, output_dir=run, save_every=1, **{n: SMALL[n] for n in small(reinforce)})
+    )
+    return folder
+
+
+def small(module) -> set[str]:
+    return SMALL.keys() & {field.name for field in fields(module.Args)}
+
+
+@pytest.mark.parametrize("name, flags", COMMANDS, ids=lambda words: words)
+def test_a_command_of_the_readme(name, flags, folder, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)  # as `python -m` does
+    module = importlib.import_module(f"nano_rl.{name}")
+    words = flags.replace("<time>", "now").split()
+    if "--help" in words:
+        with pytest.raises(SystemExit, match="0"):
+            tyro.cli(module.Args, args=words)
+        return
+    runs = [str(path) for path in folder.glob("runs/*") if (path / "metrics.jsonl").exists()]
+    words = [word for w in words for word in (runs if w == "runs/*" else [w])]
+    args = tyro.cli(module.Args, args=words)
+
+    def here(model_name: str) -> str:  # a model of the hub is the tiny one
+        return model_name if Path(model_name).exists() else model
+
+    given = {name: value for name, value in vars(args).items() if value}
+    changes = {name: SMALL[name] for name in small(module)} | {"output_dir": str(tmp_path / "run")}
+    if name == "gsm8k":
+        changes.pop("output_dir")
+    if name != "compare":
+        changes |= {"model": here(args.model)}
+    if "policies" in given:
+        changes |= {"policies": tuple(map(here, args.policies))}
+    if "reward_model" in given and ("uncertainty_penalty" in given or not Path(args.reward_model).exists()):
+        changes |= {"reward_model": str(folder / "scores")}
+    if "resume" in given:
+        changes = {"num_steps": 2}
+    if "runs" in given:
+        changes = {"plot": str(tmp_path / args.plot) if find_spec("matplotlib") else None}
+    (module.main if name in ("compare", "gsm8k") else module.train)(replace(args, **changes))
