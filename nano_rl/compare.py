@@ -1,7 +1,7 @@
 """Compare: policies on the same prompts, or the learning curves of runs, with an error bar on every number.
 
 Prompts are the sample, not completions, and two policies are compared on each prompt before the mean is taken (Miller
-2024, arXiv 2411.00640). The test needs no distribution: Fisher 1935 (The Design of Experiments, section 21).
+2024, arXiv 2411.00640). The test needs no distribution: Fisher 1935 (The Design of Experiments, chapter III).
 
     m_p   = 1/S Σ_s f(y_p,s)                         statistic f on prompt p, over S completions              (1)
     m     = 1/n Σ_p m_p,   se = std(m_p) / √n        over n prompts, or over n runs                           (2)

@@ -115,3 +115,11 @@ def test_the_parent_projects_commands():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("cannot load none/none: "), done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_every_pitfall_names_a_test_that_is_there():
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", (ROOT / "tests/pitfalls.md").read_text(), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 45))
+    written = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    named = {name for _, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert len(named) > 30 and {name for name in named if f"def {name}(" not in written} == set()
