@@ -64,11 +64,11 @@ class Args:  # a flag's comment is its --help
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
     reward_model: str | None = None  # score by this sequence-classification model, a hub name or a folder
     reward_fn: str | None = None  # score by module:function, called as in TRL, f(prompts, completions, **columns)
-    brevity_penalty_scale: float = 0.5  # penalty of an answer without words; 0 from max_new_tokens / 3 words on
+    brevity_penalty_scale: float = 0.5  # off an answer without words, and less off one of up to max_new_tokens / 3
     max_new_tokens: int = 64  # longest completion (T)
     temperature: float = 0.7  # of π_θ, in sampling and in training
     static_cache: bool = False  # sample with a cache of fixed size: a GPU then compiles the decoding, once, slowly
-    seed: int = 0  # of the samples and of the order of the prompts
+    seed: int = 0  # of all that is random: samples, the order of the data, new weights
     output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
     # Algorithm
     policies: tuple[str, ...] = ()  # two or more, hub names or folders; the first is what the others are compared with
@@ -226,7 +226,7 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
     for parameter in sampler.parameters():
         if has_bfloat16(policy.device):
             parameter.data = parameter.data.bfloat16()
-        elif parameter.dim() == 2:  # by columns, as MKL multiplies a few rows much faster with it so
+        elif parameter.dim() == 2:  # stored by columns: MKL multiplies a few rows by it much faster
             parameter.data = parameter.data.t().contiguous().t()
     stop_ids = policy.generation_config.eos_token_id
     stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}
@@ -485,7 +485,7 @@ def group_runs(folders: list[Path], metric: str) -> dict[str, list[dict[int, flo
     named, keys = {}, [json.loads(key) for key in groups]
     for (name, settings), seeds in zip(keys, groups.values()):
         alike = [other for other_name, other in keys if other_name == name]
-        differing = [key for key in settings if any(other.get(key) != settings[key] for other in alike)]
+        differing = [key for key in settings if any(key not in other or other[key] != settings[key] for other in alike)]
         named[" ".join([name, *(f"{key}={settings[key]}" for key in differing)])] = list(seeds.values())
     return named
 

@@ -57,7 +57,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 class Args:  # a flag's comment is its --help
     questions: str  # JSON lines {"question" or "prompt": text or messages, "answer": number, or text that ends in one}
     num_questions: int = 0  # only the first so many; 0: all
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train, a hub name or a folder
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the policy, a hub name or a folder
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
     eval_batch_size: int = 32  # questions answered at once
     max_new_tokens: int = 64  # longest completion (T)
@@ -220,7 +220,7 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
     for parameter in sampler.parameters():
         if has_bfloat16(policy.device):
             parameter.data = parameter.data.bfloat16()
-        elif parameter.dim() == 2:  # by columns, as MKL multiplies a few rows much faster with it so
+        elif parameter.dim() == 2:  # stored by columns: MKL multiplies a few rows by it much faster
             parameter.data = parameter.data.t().contiguous().t()
     stop_ids = policy.generation_config.eos_token_id
     stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}

@@ -10,7 +10,7 @@ et al. 2024 (2403.17031). The token is the action, the prompt and the tokens bef
     L   = -1/N Σ_i Σ_t min(ρ_t Â_t, clip(ρ_t, 1-ε, 1+ε) Â_t),  ρ_t = π_θ(y_t) / π_old(y_t)                    (5)
     L_V = 1/N Σ_i Σ_t 1/2 max((V(t) - R_t)², (clip(V(t), V_old(t) - ε_V, V_old(t) + ε_V) - R_t)²)             (6)
 
-With γ = λ = 1 the gradient of (5), in the first update, is that of -E[Σ_t r_t] whatever V is; a smaller λ trusts V and
+With γ = λ = 1 the gradient of (5), at a batch's first step, is that of -E[Σ_t r_t] for any V; a smaller λ trusts V and
 takes noise away. V starts at 0, as if every token of a good answer were news: --value-warmup-steps lets it learn.
 
 B = N prompts a step (in (5) and (6) N is those of a minibatch), one completion of each, n of them in one process or
@@ -67,25 +67,25 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 @dataclass
 class Args:  # a flag's comment is its --help
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train, a hub name or a folder
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the policy, a hub name or a folder
     lora_rank: int = 0  # train adapters of this rank instead of all weights (needs peft); 0: all weights
     prompts: str | None = None  # JSON lines {"prompt" or "question": text or messages}; last quarter (2 to 32) held out
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
     reward_model: str | None = None  # score by this sequence-classification model, a hub name or a folder
     reward_fn: str | None = None  # score by module:function, called as in TRL, f(prompts, completions, **columns)
-    brevity_penalty_scale: float = 0.5  # penalty of an answer without words; 0 from max_new_tokens / 3 words on
+    brevity_penalty_scale: float = 0.5  # off an answer without words, and less off one of up to max_new_tokens / 3
     batch_size: int = 16  # completions a step in each process; N over all of them
     num_steps: int = 15  # rounds of sampling and updating
     max_new_tokens: int = 64  # longest completion (T)
     temperature: float = 0.7  # of π_θ, in sampling and in training
     learning_rate: float = 8e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
-    kl_coef: float = 0.0  # weight of the KL to the starting policy (β); at 0 there is no pass for it
+    kl_coef: float = 0.0  # weight of the KL to the starting policy (β); at 0 only evaluations compute it
     static_cache: bool = False  # sample with a cache of fixed size: a GPU then compiles the decoding, once, slowly
     micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
-    seed: int = 0  # of the samples and of the order of the prompts
+    seed: int = 0  # of all that is random: samples, the order of the data, new weights
     eval_every: int = 5  # steps between evaluations on the held-out prompts; 0: only before and after
-    save_every: int = 0  # steps between checkpoints for --resume; 0: none, only the trained policy is saved
+    save_every: int = 0  # steps between checkpoints for --resume; 0: none but the one that Ctrl-C writes
     output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
     resume: str | None = None  # folder of a run to go on with, under its own arguments; only --num-steps may change
     track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
@@ -261,7 +261,7 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
     for parameter in sampler.parameters():
         if has_bfloat16(policy.device):
             parameter.data = parameter.data.bfloat16()
-        elif parameter.dim() == 2:  # by columns, as MKL multiplies a few rows much faster with it so
+        elif parameter.dim() == 2:  # stored by columns: MKL multiplies a few rows by it much faster
             parameter.data = parameter.data.t().contiguous().t()
     stop_ids = policy.generation_config.eos_token_id
     stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}
@@ -396,8 +396,8 @@ def compute_value_loss(values, old_values, returns, mask, value_clip, num_comple
 
 # ---- Evaluate -------------------------------------------------------------------------------------------------------
 def evaluate(policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args: Args) -> tuple[dict, list[dict]]:
-    """Held-out reward and, beside it, what the reward does not see: words, and a token's KL to π_ref and log π_ref."""
-    group_size = max(1, 32 // len(held_out))  # 32 completions, or one a prompt
+    """Held-out reward, words a completion and, what no reward sees, KL to π_ref and log π_ref of a token."""
+    group_size = max(1, 32 // len(held_out))  # at most 32 completions, equally many of each prompt
     examples = [example for example in held_out for _ in range(group_size)]
     set_seed(args.seed)  # the same draws at every evaluation
     sampler.load_state_dict(trained_weights(policy), strict=False)
@@ -426,7 +426,7 @@ def start_run(args: Args) -> tuple[Args, dict]:
         given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
         if given.keys() - {"resume", "num_steps"}:
             sys.exit(f"--resume takes the run's own arguments; only --num-steps may stand beside it, not {given}")
-        with one_line(f"cannot resume {args.resume}: it takes a run of this file, with --save-every"):
+        with one_line(f"cannot resume {args.resume}: it takes a run of this file that has a checkpoint"):
             state = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu")
             saved = state.pop("args")
             if saved.keys() != asdict(args).keys():
@@ -626,13 +626,16 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         accelerator.log(metrics, step=step)
         if is_main:
             report(run, args, bar, metrics, samples)
-        if is_main and (INTERRUPTS or args.save_every and step % args.save_every == 0):
+        # Ctrl-C in any process stops all; after the last step the run ends by itself.
+        stop = step < args.num_steps and accelerator.reduce(torch.tensor(float(len(INTERRUPTS)), device=device)) > 0
+        if is_main and (stop or args.save_every and step % args.save_every == 0):
             sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
             tensors = {"policy": trained_weights(policy), "optimizer": optimizer.state_dict()}
             tensors |= {"value_model": trained_weights(value_model), "value_optimizer": value_optimizer.state_dict()}
             checkpoint = state | tensors | {"log_sizes": sizes, "args": asdict(args)}
             save(run / "checkpoint.pt", partial(torch.save, checkpoint))
-        if INTERRUPTS:
+        if stop:
+            accelerator.wait_for_everyone()  # the checkpoint is whole
             sys.exit(f"stopped after step {step}: go on with --resume {run}")
 
     if is_main and args.lora_rank:

@@ -9,22 +9,23 @@ y_w is the chosen completion and y_l the rejected one; r_w, r_l are their scores
                           r = Σ_k k p(k),  σ² = Σ_k p(k) (k - r)²                                              (3)
     --labels              L = 1/B Σ -log p(label):  p(1) = σ(r) of two labels, a softmax of more               (4)
 
-Without η, (1) would see only differences of scores; it holds their mean near 0 (Eisenstein et al. 2023, 2312.09244). m
-is the row's "margin", if any: how much better the chosen one is (Touvron et al. 2023, Llama 2, 2307.09288). (2) is the
+σ is the logistic function in (1) and (4), a deviation in (3). Without η, (1) would see only differences of scores; η
+holds their mean near 0 (Eisenstein et al. 2023, 2312.09244). m is the row's "margin", if any, in (1) alone: how much
+better the chosen one is (Touvron et al. 2023, Llama 2, 2307.09288). In (2), what the logarithm is taken of is the
 probability that y_w beats y_l, a tie being half a win: that and P(y_l beats y_w) sum to 1, and equal texts cost log 2,
 as in (1). Chen et al. 2026 (2602.12660) learn such a distribution over the words "1" to "9". The score by three labels
 or more is (3) as well, the first label being worth 1.
 
 The text that is scored is the prompt, once, and the completion, in the tokenizer's chat template where it has one: the
-same tokens as when another file scores with --reward-model (without a template: of the last two messages). A text with
-a label is no turn of a chat, so --labels saves the tokenizer without its template: prompt and completion are then read
-as one text.
+same tokens as when another file scores with --reward-model (without one: the messages before the last, joined by line
+breaks, and the last). A text with a label is no turn of a chat, so --labels saves the tokenizer without its template:
+prompt and completion are then read as one text.
 
 A long answer is often preferred for its length alone: held-out accuracy stands beside that of "the longer is better".
 
     for each step:
         1. score   the texts of B rows
-        2. update  one Adam step along the gradient of L                                                (1), (2), (4)
+        2. update  one Adam step down the gradient of L                                                 (1), (2), (4)
 
 Differs from TRL's RewardTrainer:
     1. A text of more than --max-length tokens loses its beginning, as its end is where it is read; TRL drops the row.
@@ -67,11 +68,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 @dataclass
 class Args:  # a flag's comment is its --help
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train, a hub name or a folder
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the policy, a hub name or a folder
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
-    seed: int = 0  # of the samples and of the order of the prompts
-    save_every: int = 0  # steps between checkpoints for --resume; 0: none, only the trained policy is saved
+    seed: int = 0  # of all that is random: samples, the order of the data, new weights
+    save_every: int = 0  # steps between checkpoints for --resume; 0: none but the one that Ctrl-C writes
     output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
     resume: str | None = None  # folder of a run to go on with, under its own arguments; only --num-steps may change
     track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
@@ -79,7 +80,7 @@ class Args:  # a flag's comment is its --help
     pairs: str | None = None  # JSON lines {"prompt", "chosen", "rejected": text or messages}, "margin" if there is one
     labels: str | None = None  # instead of pairs: JSON lines {"text": text, "label": 0, 1, ...}
     eval_pairs: str | None = None  # held-out pairs; not given: the rows of the last prompts, a tenth (2 to 512)
-    eval_labels: str | None = None  # held-out labels; not given: the last tenth (2 to 512)
+    eval_labels: str | None = None  # held-out labels; not given: the last tenth (2 to 512), so shuffle the file
     head: Literal["scalar", "probabilistic"] = "scalar"  # a score, or a distribution over scores 1 to --num-scores
     num_scores: int = 10  # scores of --head probabilistic (K)
     center_coef: float = 0.01  # of --head scalar: weight of the square of a pair's summed scores (η)
@@ -270,7 +271,7 @@ def text_batches(tokenizer, examples: list[dict], max_tokens: int) -> Iterator[t
 
 
 def compute_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """What the head says of each text (n, K), wherever and with whatever it is padded."""
+    """What the head says of each text (n, K), on whichever side it is padded with the model's pad token."""
     position_ids = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # (n, L), from 0 after left padding
     with torch.autocast(model.device.type, torch.bfloat16, enabled=has_bfloat16(model.device)):
         hidden = model.base_model(**batch, position_ids=position_ids, use_cache=False).last_hidden_state  # (n, L, d)
@@ -307,8 +308,8 @@ def probabilistic_loss(logits_w: Tensor, logits_l: Tensor) -> Tensor:
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """(4) of each text (n,), from its logits (n, K), K = 1 for two labels."""
     if logits.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")
-    return F.cross_entropy(logits, labels.long(), reduction="none")
+        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")  # (4)
+    return F.cross_entropy(logits, labels.long(), reduction="none")  # (4)
 
 
 def compute_loss(logits: Tensor, targets: Tensor, center_coef: float, num_rows: int) -> Tensor:
@@ -333,7 +334,7 @@ def compute_correct(logits: Tensor, targets: Tensor) -> Tensor:
 
 # ---- Evaluate -------------------------------------------------------------------------------------------------------
 def standard_error(residuals: list[float], groups: list[str], total: float) -> float:
-    """Of a mean, from what each row's part in the sum over `total` is off it: rows of one prompt count as one draw."""
+    """Of m = Σ v_i / `total`, Σ w_i = `total`, from residuals v_i - m w_i; the rows of one prompt count as one draw."""
     sums = defaultdict(float)
     for residual, group in zip(residuals, groups, strict=True):
         sums[group] += residual
@@ -376,7 +377,7 @@ def start_run(args: Args) -> tuple[Args, dict]:
         given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
         if given.keys() - {"resume", "num_steps"}:
             sys.exit(f"--resume takes the run's own arguments; only --num-steps may stand beside it, not {given}")
-        with one_line(f"cannot resume {args.resume}: it takes a run of this file, with --save-every"):
+        with one_line(f"cannot resume {args.resume}: it takes a run of this file that has a checkpoint"):
             state = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu")
             saved = state.pop("args")
             if saved.keys() != asdict(args).keys():
@@ -517,12 +518,13 @@ def train(args: Args) -> Path:
             metrics |= eval_metrics
         accelerator.log(metrics, step=step)
         report_step(run, args, bar, metrics, samples)
-        if INTERRUPTS or args.save_every and step % args.save_every == 0:
+        stop = INTERRUPTS and step < args.num_steps  # after the last step the run ends by itself
+        if stop or args.save_every and step % args.save_every == 0:
             sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
             tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint = state | tensors | {"log_sizes": sizes, "args": asdict(args)}
             save(run / "checkpoint.pt", partial(torch.save, checkpoint))
-        if INTERRUPTS:
+        if stop:
             sys.exit(f"stopped after step {step}: go on with --resume {run}")
 
     save(run / "reward_model", lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder)))

@@ -1,4 +1,4 @@
-"""RLOO, REINFORCE leave-one-out: what the other answers to a prompt scored is the baseline of each.
+"""RLOO, REINFORCE leave-one-out: the baseline of a completion is the mean reward of the other answers to its prompt.
 
 Ahmadian et al. 2024 (arXiv 2402.14740), after Kool et al. 2019. The mean of the other G - 1 rewards knows the prompt,
 but not the answer that it is compared with: it costs no bias, and a hard prompt is not held against its answers.
@@ -17,7 +17,7 @@ tokens, V words of vocabulary.
         1. sample      G completions y_i of each of B prompts from π_θ, at --temperature
         2. score       R_i: r_i and, where β > 0, log π_θ and log π_ref of its tokens                         (1)
         3. advantages  Â_i                                                                                    (2)
-        4. update      one Adam step along the gradient of L                                                  (3)
+        4. update      one Adam step down the gradient of L                                                   (3)
 
 Differs from the paper:
     1. The gradient is scaled down to --max-grad-norm.
@@ -61,25 +61,25 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 @dataclass
 class Args:  # a flag's comment is its --help
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train, a hub name or a folder
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the policy, a hub name or a folder
     lora_rank: int = 0  # train adapters of this rank instead of all weights (needs peft); 0: all weights
     prompts: str | None = None  # JSON lines {"prompt" or "question": text or messages}; last quarter (2 to 32) held out
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
     reward_model: str | None = None  # score by this sequence-classification model, a hub name or a folder
     reward_fn: str | None = None  # score by module:function, called as in TRL, f(prompts, completions, **columns)
-    brevity_penalty_scale: float = 0.5  # penalty of an answer without words; 0 from max_new_tokens / 3 words on
+    brevity_penalty_scale: float = 0.5  # off an answer without words, and less off one of up to max_new_tokens / 3
     batch_size: int = 16  # completions a step in each process; N over all of them
     num_steps: int = 15  # rounds of sampling and updating
     max_new_tokens: int = 64  # longest completion (T)
     temperature: float = 0.7  # of π_θ, in sampling and in training
     learning_rate: float = 8e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
-    kl_coef: float = 0.0  # weight of the KL to the starting policy (β); at 0 there is no pass for it
+    kl_coef: float = 0.0  # weight of the KL to the starting policy (β); at 0 only evaluations compute it
     static_cache: bool = False  # sample with a cache of fixed size: a GPU then compiles the decoding, once, slowly
     micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
-    seed: int = 0  # of the samples and of the order of the prompts
+    seed: int = 0  # of all that is random: samples, the order of the data, new weights
     eval_every: int = 5  # steps between evaluations on the held-out prompts; 0: only before and after
-    save_every: int = 0  # steps between checkpoints for --resume; 0: none, only the trained policy is saved
+    save_every: int = 0  # steps between checkpoints for --resume; 0: none but the one that Ctrl-C writes
     output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
     resume: str | None = None  # folder of a run to go on with, under its own arguments; only --num-steps may change
     track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
@@ -246,7 +246,7 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
     for parameter in sampler.parameters():
         if has_bfloat16(policy.device):
             parameter.data = parameter.data.bfloat16()
-        elif parameter.dim() == 2:  # by columns, as MKL multiplies a few rows much faster with it so
+        elif parameter.dim() == 2:  # stored by columns: MKL multiplies a few rows by it much faster
             parameter.data = parameter.data.t().contiguous().t()
     stop_ids = policy.generation_config.eos_token_id
     stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}
@@ -342,8 +342,8 @@ def compute_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num_complet
 
 # ---- Evaluate -------------------------------------------------------------------------------------------------------
 def evaluate(policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args: Args) -> tuple[dict, list[dict]]:
-    """Held-out reward and, beside it, what the reward does not see: words, and a token's KL to π_ref and log π_ref."""
-    group_size = max(1, 32 // len(held_out))  # 32 completions, or one a prompt
+    """Held-out reward, words a completion and, what no reward sees, KL to π_ref and log π_ref of a token."""
+    group_size = max(1, 32 // len(held_out))  # at most 32 completions, equally many of each prompt
     examples = [example for example in held_out for _ in range(group_size)]
     set_seed(args.seed)  # the same draws at every evaluation
     sampler.load_state_dict(trained_weights(policy), strict=False)
@@ -372,7 +372,7 @@ def start_run(args: Args) -> tuple[Args, dict]:
         given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
         if given.keys() - {"resume", "num_steps"}:
             sys.exit(f"--resume takes the run's own arguments; only --num-steps may stand beside it, not {given}")
-        with one_line(f"cannot resume {args.resume}: it takes a run of this file, with --save-every"):
+        with one_line(f"cannot resume {args.resume}: it takes a run of this file that has a checkpoint"):
             state = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu")
             saved = state.pop("args")
             if saved.keys() != asdict(args).keys():
@@ -535,12 +535,15 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         accelerator.log(metrics, step=step)
         if is_main:
             report(run, args, bar, metrics, samples)
-        if is_main and (INTERRUPTS or args.save_every and step % args.save_every == 0):
+        # Ctrl-C in any process stops all; after the last step the run ends by itself.
+        stop = step < args.num_steps and accelerator.reduce(torch.tensor(float(len(INTERRUPTS)), device=device)) > 0
+        if is_main and (stop or args.save_every and step % args.save_every == 0):
             sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
             tensors = {"policy": trained_weights(policy), "optimizer": optimizer.state_dict()}
             checkpoint = state | tensors | {"log_sizes": sizes, "args": asdict(args)}
             save(run / "checkpoint.pt", partial(torch.save, checkpoint))
-        if INTERRUPTS:
+        if stop:
+            accelerator.wait_for_everyone()  # the checkpoint is whole
             sys.exit(f"stopped after step {step}: go on with --resume {run}")
 
     if is_main and args.lora_rank:

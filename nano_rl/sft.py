@@ -17,12 +17,13 @@ B rows a step; P prompt tokens, T completion tokens, V words of vocabulary.
 
     for each step:
         1. score   log π_θ of the completion tokens of B rows
-        2. update  one Adam step along the gradient of L                                                       (1)
+        2. update  one Adam step down the gradient of L                                                        (1)
 
 Differs from TRL's SFTTrainer:
     1. Prompt and completion are tokenised apart, as in reinforcement learning; TRL tokenises them as one text.
     2. After a template's stop token nothing is trained, such as the newline that SmolLM2's puts there.
-    3. A row of more than --max-length tokens loses the end of its completion, and with it the stop.
+    3. A row of more than --max-length tokens loses the end of its completion, and with it the stop; a prompt that
+       leaves no room for a completion is an error.
 
 Run: uv run -m nano_rl.sft --data completions.jsonl
 """
@@ -56,17 +57,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 @dataclass
 class Args:  # a flag's comment is its --help
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train, a hub name or a folder
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the policy, a hub name or a folder
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
-    batch_size: int = 16  # completions a step in each process; N over all of them
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
-    seed: int = 0  # of the samples and of the order of the prompts
-    save_every: int = 0  # steps between checkpoints for --resume; 0: none, only the trained policy is saved
+    seed: int = 0  # of all that is random: samples, the order of the data, new weights
+    save_every: int = 0  # steps between checkpoints for --resume; 0: none but the one that Ctrl-C writes
     output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
     resume: str | None = None  # folder of a run to go on with, under its own arguments; only --num-steps may change
     track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
     # Algorithm
+    batch_size: int = 16  # completions a step (B)
     data: str | None = None  # JSON lines {"prompt", "completion": text or messages}, or {"text": text}
     eval_data: str | None = None  # held-out rows; not given: the rows of the last prompts, a tenth (2 to 512)
     learning_rate: float = 4e-5  # step size of Adam, constant
@@ -225,7 +226,7 @@ def compute_loss(logprobs: Tensor, mask: Tensor, num_tokens: int) -> Tensor:
 
 # ---- Evaluate -------------------------------------------------------------------------------------------------------
 def standard_error(residuals: list[float], groups: list[str], total: float) -> float:
-    """Of a mean, from what each row's part in the sum over `total` is off it: rows of one prompt count as one draw."""
+    """Of m = Σ v_i / `total`, Σ w_i = `total`, from residuals v_i - m w_i; the rows of one prompt count as one draw."""
     sums = defaultdict(float)
     for residual, group in zip(residuals, groups, strict=True):
         sums[group] += residual
@@ -245,8 +246,10 @@ def evaluate_loss(
             sums[rows] = -compute_logprobs(policy, part, temperature=1.0).sum(dim=1)
     prompt_ids = torch.tensor([held_out[0]["ids"][0]], device=policy.device)  # (1, P)
     options = {"max_length": min(args.max_length, prompt_ids.shape[1] + 64), "eos_token_id": stop_ids or None}
-    greedy = GenerationConfig(do_sample=False, pad_token_id=tokenizer.pad_token_id, **options)
-    ids = policy.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=greedy)
+    own = policy.generation_config  # a repetition_penalty in it would bend the greedy answer
+    policy.generation_config = GenerationConfig(do_sample=False, pad_token_id=tokenizer.pad_token_id, **options)
+    ids = policy.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids))
+    policy.generation_config = own
     lengths = batch["mask"].sum(dim=1)  # (N,)
     num_tokens, groups = lengths.sum().item(), [example["group"] for example in held_out]
     loss = sums.sum().item() / num_tokens
@@ -264,7 +267,7 @@ def start_run(args: Args) -> tuple[Args, dict]:
         given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
         if given.keys() - {"resume", "num_steps"}:
             sys.exit(f"--resume takes the run's own arguments; only --num-steps may stand beside it, not {given}")
-        with one_line(f"cannot resume {args.resume}: it takes a run of this file, with --save-every"):
+        with one_line(f"cannot resume {args.resume}: it takes a run of this file that has a checkpoint"):
             state = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu")
             saved = state.pop("args")
             if saved.keys() != asdict(args).keys():
@@ -400,12 +403,13 @@ def train(args: Args) -> Path:
             metrics |= eval_metrics
         accelerator.log(metrics, step=step)
         report_step(run, args, bar, metrics, samples)
-        if INTERRUPTS or args.save_every and step % args.save_every == 0:
+        stop = INTERRUPTS and step < args.num_steps  # after the last step the run ends by itself
+        if stop or args.save_every and step % args.save_every == 0:
             sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
             tensors = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint = state | tensors | {"log_sizes": sizes, "args": asdict(args)}
             save(run / "checkpoint.pt", partial(torch.save, checkpoint))
-        if INTERRUPTS:
+        if stop:
             sys.exit(f"stopped after step {step}: go on with --resume {run}")
 
     save(run / "policy", lambda folder: (policy.save_pretrained(folder), tokenizer.save_pretrained(folder)))

@@ -8,10 +8,10 @@
     uv run tests/experiments.py variance                     # of REINFORCE's gradient, with each baseline
 
 FOLDER holds train.jsonl and test.jsonl: for preferences {"prompt", "chosen", "rejected"}, such as the pairs that the
-package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the hub.
+package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the hub, shuffled.
 
 Each run is a process with its share of the cores, --workers at a time. One that is done is not repeated, so that an
-experiment that was stopped goes on. A ± is a standard error over seeds where there are several, else over prompts.
+experiment that was stopped goes on. A ± is a standard error over seeds, that of a held-out accuracy one over prompts.
 """
 
 import json
@@ -96,7 +96,8 @@ def train_seeds(args: Args, jobs: dict[str, str]) -> None:
 
 # ---- Read and show --------------------------------------------------------------------------------------------------
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as file:  # splitlines would also split at U+0085, which IMDB's reviews hold
+        return [json.loads(line) for line in file]
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -183,7 +184,8 @@ def imdb(args: Args) -> None:
     letters = json.loads((args.output_dir / "compare/comparison.json").read_text())["policies"]
     rows = read(args.output_dir / "compare/completions.jsonl")
     positive = {policy: mean(row[letter]["reward"] > 0 for row in rows) for letter, policy in letters.items()}
-    print(f"held-out accuracy of the classifier: {read(args.output_dir / 'classifier/metrics.jsonl')[-1]}")
+    last = read(args.output_dir / "classifier/metrics.jsonl")[-1]
+    print(f"held-out accuracy of the classifier: {last['eval/accuracy']:.3f} ± {last['eval/accuracy_se']:.3f}")
     print(f"positive continuations of the start: {positive[str(start)]:.3f}")
     rows = []
     for name in jobs:
@@ -284,6 +286,8 @@ def variance(args: Args, options: reinforce.Args | None = None, num_batches: int
 def main(args: Args) -> None:
     if args.experiment in ("preferences", "imdb") and not args.data:
         sys.exit(f"{args.experiment} needs --data, a folder of train.jsonl and test.jsonl")
+    if args.experiment == "imdb" and len(args.seeds) > 4:
+        sys.exit("imdb takes at most 4 seeds: compare takes 26 policies, here the start and six a seed")
     args.output_dir /= args.experiment
     globals()[args.experiment](args)
 

@@ -10,7 +10,7 @@ import torch
 import tyro
 
 ROWS = {
-    "imdb": [{"text": f"a film number {i} of the year that I saw", "label": i % 2} for i in range(130)],
+    "imdb": [{"text": f"a film\x85 number {i} of the year that I saw", "label": i % 2} for i in range(130)],
     "preferences": [{"prompt": f"write {i}", "chosen": "a", "rejected": "b"} for i in range(130)],
 }
 METRICS = {"eval/reward": 0.5, "eval/words": 50.0, "eval/kl": 0.1, "eval/ref_logprob": -1.0, "eval/accuracy": 0.7}
@@ -28,11 +28,11 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         file, *flags = command.split()
         module = importlib.import_module(file)
         parsed = vars(tyro.cli(module.Args, args=flags))
-        for flag in ("model", "reward_model", "policies", "prompts", "data", "labels", "questions"):
+        for flag in "model reward_model policies prompts data labels pairs eval_pairs questions".split():
             for path in [parsed.get(flag)] if isinstance(parsed.get(flag), str) else parsed.get(flag) or []:
                 assert path in written or Path(path).is_file() or path == getattr(module.Args, flag, None), path
         folder = Path(parsed.get("output_dir") or parsed["results_dir"])
-        assert folder not in written
+        assert str(folder) not in written
         written.update(map(str, (folder, folder / "policy", folder / "reward_model")))
         experiments.write(folder / "metrics.jsonl", [METRICS | {"eval/reward": 0.25}, METRICS])
         letters = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", parsed.get("policies", ())))

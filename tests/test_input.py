@@ -41,7 +41,7 @@ def test_other_impossible_numbers(model, tmp_path, flags):
 
 
 def test_one_completion_is_its_own_mean(model, tmp_path):
-    assert "take 2 or another --baseline" in refused(model, tmp_path, batch_size=1, baseline="mean")
+    assert "need two completions or more" in refused(model, tmp_path, batch_size=1, baseline="mean")
     assert "take 2" in refused(model, tmp_path, batch_size=1, baseline="none", whiten_advantages=True)
     run(model, tmp_path / "run", batch_size=1, baseline="ema", num_steps=1)
 
@@ -196,8 +196,8 @@ def test_resume_of_what_cannot_be_resumed(model, tmp_path):
     run(model, tmp_path / "run", num_steps=1)
     run(model, tmp_path / "done", num_steps=2, save_every=1)
     for args, message in [
-        ({"resume": str(tmp_path / "none")}, "it takes a run of this file, with --save-every"),
-        ({"resume": str(tmp_path / "run")}, "it takes a run of this file, with --save-every"),
+        ({"resume": str(tmp_path / "none")}, "it takes a run of this file that has a checkpoint"),
+        ({"resume": str(tmp_path / "run")}, "it takes a run of this file that has a checkpoint"),
         ({"resume": str(tmp_path / "run"), "learning_rate": 1.0}, "only --num-steps may stand beside it"),
         ({"resume": str(tmp_path / "done")}, "has done 2 steps: give a larger --num-steps"),
         ({"resume": str(tmp_path / "done"), "num_steps": 1}, "has done 2 steps: give a larger --num-steps"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import CHAT_TEMPLATE, WORDS, gpt2_config, llama_config, make_tokenizer, save_policy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from nano_rl import reinforce, sft
 
@@ -214,6 +214,20 @@ def test_a_long_row_loses_its_end_and_its_stop(model, tmp_path):
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_greedy_answer_is_the_policys_own(tmp_path):
+    """A model that ships a repetition penalty keeps it, but its answer is not bent by it."""
+    answers = {}
+    for penalty in (1.0, 5.0):
+        policy = save_policy(tmp_path / f"model-{penalty}")
+        config = GenerationConfig.from_pretrained(policy)
+        config.repetition_penalty = penalty
+        config.save_pretrained(policy)
+        folder = run(policy, tmp_path / f"run-{penalty}", num_steps=1, learning_rate=1e-9)
+        answers[penalty] = read(folder, "completions.jsonl")[0]["completion"]
+        assert GenerationConfig.from_pretrained(folder / "policy").repetition_penalty == penalty
+    assert answers[1.0] == answers[5.0] != ""
 
 
 def test_it_learns_an_answer_and_when_to_stop(tmp_path):
