@@ -3,7 +3,7 @@
 Schulman et al. 2017 (arXiv 1707.06347), for language models Ziegler et al. 2019 (1909.08593) and, in its details, Huang
 et al. 2024 (2403.17031). The token is the action, the prompt and the tokens before it are the state.
 
-    r_t = -β [log π_old(y_t) - log π_ref(y_t)], plus the completion's reward at its last token                (1)
+    r_t = -β [log π_old(y_t) - log π_ref(y_t)], plus the completion's reward, less r_0, at its last token     (1)
     δ_t = r_t + γ V_old(t+1) - V_old(t)    V_old(t) is read before token t, and is 0 after the last           (2)
     Â_t = Σ_l (γλ)^l δ_{t+l}               generalised advantage estimation, 1506.02438                       (3)
     R_t = Â_t + V_old(t)                   what V(t) should have been                                         (4)
@@ -11,7 +11,8 @@ et al. 2024 (2403.17031). The token is the action, the prompt and the tokens bef
     L_V = 1/N Σ_i Σ_t 1/2 max((V(t) - R_t)², (clip(V(t), V_old(t) - ε_V, V_old(t) + ε_V) - R_t)²)             (6)
 
 With γ = λ = 1 the gradient of (5), at a batch's first step, is that of -E[Σ_t r_t] for any V; a smaller λ trusts V and
-takes noise away. V starts at 0, as if every token of a good answer were news: --value-warmup-steps lets it learn.
+takes noise away. r_0 is the held-out reward before training, which V, 0 at first, then predicts: from further away V
+overshoots, and its error drowns the differences between rewards. --value-warmup-steps lets it learn more.
 
 B = N prompts a step (in (5) and (6) N is those of a minibatch), one completion of each, n of them in one process or
 micro-batch; P prompt tokens, T completion tokens; in shapes, V words of vocabulary.
@@ -29,7 +30,8 @@ Differs from the papers:
        log-ratio in (1) is that of two copies. V has bfloat16's three digits there.
     3. The value model is one of its own, so (6) needs no coefficient. No entropy bonus; Â is whitened only on demand.
     4. A completion cut off at T ends there: V is 0 after it. The minibatches are the same in every pass.
-    5. The first steps train V alone, with λ = 1: on rewards, not its own guesses (Yuan et al. 2025, 2503.01491).
+    5. The first steps train V alone, with λ = 1: on rewards, not its own guesses (Yuan et al. 2025, 2503.01491). r_0 is
+       ours, and 0 with --value-model; where γ = 1 no expected gradient depends on it.
 
 Adds to GRPO: the value model, and an advantage for each token; the KL moves from the loss into the reward.
 
@@ -91,8 +93,8 @@ class Args:  # a flag's comment is its --help
     track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
     # Algorithm
     value_model: str | None = None  # one-label reward model, of the policy's architecture, to start it from
-    value_learning_rate: float = 2e-4  # step size of the value model's Adam
-    value_warmup_steps: int = 4  # first steps, in which the value model alone is trained
+    value_learning_rate: float = 5e-5  # step size of the value model's Adam
+    value_warmup_steps: int = 2  # first steps, in which the value model alone is trained
     gamma: float = 1.0  # discount of later rewards (γ)
     gae_lambda: float = 0.95  # 1: values are only a baseline; smaller: they stand in for later rewards (λ)
     clip_coef: float = 0.2  # clip range of the ratio (ε)
@@ -533,7 +535,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         value_optimizer.load_state_dict(state.pop("value_optimizer"))
     else:
         metrics, samples = evaluation()
-        state = {"step": 0, "num_tokens": 0}
+        state = {"step": 0, "num_tokens": 0, "r_0": 0.0 if args.value_model else metrics["eval/reward"]}
         accelerator.log(metrics, step=0)
         if is_main:
             report(run, args, bar, {"step": 0} | metrics, samples)
@@ -568,7 +570,8 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
 
         # 3. advantages
         coefs = (args.kl_coef, args.gamma, 1.0 if warm_up else args.gae_lambda)
-        advantages, returns = compute_advantages(rewards[mine], token_kl, old_values, batch["mask"], *coefs)  # (n, T)
+        gains = rewards[mine] - state["r_0"]  # (n,), which a value of 0 predicts at the start
+        advantages, returns = compute_advantages(gains, token_kl, old_values, batch["mask"], *coefs)  # (n, T)
         tokens = torch.stack([advantages, returns])[:, batch["mask"].bool()].double()  # (2, number of tokens)
         moments = torch.stack([torch.ones_like(tokens), tokens, tokens**2]).sum(dim=2)  # (3, 2)
         count, total, squares = accelerator.reduce(moments)  # (2,) each, over the tokens of all processes

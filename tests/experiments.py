@@ -146,7 +146,8 @@ def preferences(args: Args) -> None:
     pairs = f"--pairs {args.data / 'train.jsonl'} --eval-pairs {args.data / 'test.jsonl'} --max-length 384"
     heads = ("scalar", "probabilistic")
     train(args, {head: f"reward_model {pairs} --num-steps 60 --head {head}" for head in heads})
-    reinforce = f"reinforce --baseline ema --kl-coef 0.02 --prompts {prompts} --reward-model {args.output_dir}"
+    task = f"--prompts {prompts} --kl-coef 0.02 --num-steps 10 --eval-every 0"
+    reinforce = f"reinforce --baseline ema {task} --reward-model {args.output_dir}"
     jobs = {head: f"{reinforce}/{head}/reward_model" for head in heads}
     jobs |= {"penalty": jobs["probabilistic"] + " --uncertainty-penalty"}
     train_seeds(args, jobs)
@@ -172,7 +173,7 @@ def imdb(args: Args) -> None:
     task = f"--prompts {prompts} --no-chat-template --max-new-tokens 32"
     task += f" --reward-model {args.output_dir / 'classifier/reward_model'}"
     start = args.output_dir / "sft/policy"
-    common = f"{task} --model {start} --kl-coef 0.05 --num-steps 20 --eval-every 0"
+    common = f"{task} --model {start} --kl-coef 0.05 --num-steps 12 --eval-every 0"
     jobs = {f"rloo-k{k}": f"rloo {common} --group-size {k}" for k in (2, 4, 8)}
     jobs |= {f"reinforce-{baseline}": f"reinforce {common} --baseline {baseline}" for baseline in ("mean", "none")}
     jobs |= {"ppo": f"ppo {common}"}
@@ -205,7 +206,7 @@ def arithmetic(args: Args) -> None:
     forms = [f"<think>{a} + {b} = {a + b}</think><answer>{a + b}</answer>" for _, a, b in sums]
     examples = [{"prompt": text, "completion": form} for (text, *_), form in zip(sums[:96], forms)]
     examples = write(args.output_dir / "forms.jsonl", examples)
-    task = f"--prompts {questions} --max-new-tokens 32 --num-steps 30"
+    task = f"--prompts {questions} --max-new-tokens 32 --num-steps 20 --eval-every 0"
     rewards = "--reward-fn nano_rl.gsm8k:correct", "--reward-fn tests.experiments:correct_and_formatted"
     train(args, {"sft": f"sft --data {examples} --num-steps 6"})
     jobs = {"grpo": f"grpo {task} {rewards[0]}", "reinforce": f"reinforce {task} --kl-coef 0.02 {rewards[0]}"}
