@@ -171,6 +171,29 @@ def test_lambda_is_1_in_the_warm_up(model, tmp_path, monkeypatch):
     assert [inputs[-1] for inputs in seen] == [1.0, 1.0, 0.9]
 
 
+def test_rewards_count_from_the_held_out_reward_of_the_start(model, tmp_path, monkeypatch):
+    """Also after a resume; not where the value model comes from elsewhere, and knows rewards as they are."""
+    seen, compute_advantages = [], ppo.compute_advantages
+    monkeypatch.setattr(
+        ppo, "compute_advantages", lambda *inputs: seen.append(inputs[0]) or compute_advantages(*inputs)
+    )
+
+    def reward_fn(completions, **_):
+        return [0.5 + len(text) / 100 for text in completions]
+
+    def sampled(folder, step):
+        rows = [row for row in read(folder, "completions.jsonl") if (row["split"], row["step"]) == ("train", step)]
+        return torch.tensor([row["reward"] for row in rows])
+
+    folder = run(model, tmp_path / "run", reward_fn, num_steps=2, save_every=1)
+    ppo.train(ppo.Args(resume=str(folder), num_steps=3), reward_fn)
+    r_0 = read(folder)[0]["eval/reward"]
+    for step in (1, 2, 3):
+        torch.testing.assert_close(seen[step - 1] + r_0, sampled(folder, step))
+    folder = run(model, tmp_path / "other", reward_fn, num_steps=1, value_model=save_reward_model(tmp_path / "rm"))
+    torch.testing.assert_close(seen[-1], sampled(folder, 1))
+
+
 def test_equal_advantages_are_whitened_to_zero(model, tmp_path):
     """Not to NaN: rounding can leave a variance below 0."""
     args = {"value_warmup_steps": 0, "gae_lambda": 1.0, "whiten_advantages": True, "num_steps": 1}
