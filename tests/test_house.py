@@ -80,7 +80,7 @@ def test_budgets(file):
     lengths["algorithm"] = lengths["compute_advantages"] + lengths["compute_loss"]
     budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 140, "file": 586}
     if file.stem == "ppo":  # a second model
-        budgets |= {"train": 168, "file": 653}
+        budgets |= {"train": 169, "file": 656}
     assert {name: lengths[name] for name in budgets if lengths[name] > budgets[name]} == {}
 
 

@@ -396,7 +396,8 @@ def rand(rows, one, **options):
     global tokens
     tokens += 1
     generator = torch.Generator().manual_seed(1000 * seeds + tokens)
-    return torch.empty(100, 1, **options).uniform_(generator=generator)[rank * rows : (rank + 1) * rows]
+    first = 0 if rows == 32 else rank * rows  # an evaluation is the same in every process
+    return torch.empty(100, 1, **options).uniform_(generator=generator)[first : first + rows]
 
 def reward(prompts, completions, **columns):  # in the first step, after one evaluation, the second half has nothing
     rows = range(rank * len(prompts), (rank + 1) * len(prompts))
@@ -465,6 +466,30 @@ def test_two_processes_are_one_with_the_doubled_batch(model, tmp_path, name, opt
     for a, b in zip(ours, theirs):
         for key in a:
             assert a[key] == b[key] or a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), key
+
+
+INTERRUPTED = """
+import os
+import nano_rl.reinforce as reinforce
+
+def reward(completions, **_):  # Ctrl-C reaches one process, in the first step
+    if len(completions) == 4 and os.environ["RANK"] == "1":
+        reinforce.INTERRUPTS.append(2)
+    return [0.1 * len(text) for text in completions]
+
+reinforce.train(reinforce.tyro.cli(reinforce.Args), reward)
+"""
+
+
+def test_ctrl_c_stops_all_processes_after_the_same_step(model, tmp_path):
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, "interrupted.py", *flags(model=model, output_dir="run", **TINY)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    stopped = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert stopped.returncode and "stopped after step 1: go on with --resume run" in stopped.stderr
+    assert torch.load(tmp_path / "run/checkpoint.pt")["step"] == 1
+    assert [row["step"] for row in read(tmp_path / "run")] == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "remax", "raft", "grpo", "ppo"])
