@@ -28,26 +28,26 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         file, *flags = command.split()
         module = importlib.import_module(file)
         parsed = vars(tyro.cli(module.Args, args=flags))
-        for flag in "model reward_model policies prompts data labels pairs eval_pairs questions".split():
+        for flag in "model reward_model prompts data labels pairs eval_pairs questions".split():
             for path in [parsed.get(flag)] if isinstance(parsed.get(flag), str) else parsed.get(flag) or []:
                 assert path in written or Path(path).is_file() or path == getattr(module.Args, flag, None), path
         folder = Path(parsed.get("output_dir") or parsed["results_dir"])
         assert str(folder) not in written
         written.update(map(str, (folder, folder / "policy", folder / "reward_model")))
         experiments.write(folder / "metrics.jsonl", [METRICS | {"eval/reward": 0.25}, METRICS])
-        letters = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", parsed.get("policies", ())))
-        row = {"reward": 1.0, "formatted": 0.0} | {letter: {"reward": 1.0} for letter in letters}
-        experiments.write(folder / "completions.jsonl", [row])
-        (folder / "comparison.json").write_text(json.dumps({"policies": letters}))
+        row = {"split": "held_out", "reward": 1.0, "formatted": 0.0}
+        experiments.write(folder / "completions.jsonl", [row | {"step": 0, "reward": -1.0}, row | {"step": 12}])
         folder.with_suffix(".json").write_text('{"seconds": 60, "memory": 4}')
 
     monkeypatch.setattr(experiments, "run_job", pretend)
     experiments.main(experiments.Args(name, data=tmp_path / "data", output_dir=tmp_path / "out", workers=1))
     out = capsys.readouterr().out
     if name == "arithmetic":
-        assert "| grpo | 1.000 ± 0.000 | 0.000 ± 0.000 | 1.000, 1.000, 1.000 |" in out
+        assert "| grpo | 0.000 ± 0.000 | 0.000 ± 0.000 | 0.000, 0.000, 0.000 |" in out
     else:
         assert "| 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 | +0.250, +0.250, +0.250 | 50 ± 0 |" in out
+    if name == "imdb":
+        assert "| ppo | 0.000 ± 0.000 | 1.000 ± 0.000 | 0.250 ± 0.000 |" in out
 
 
 def test_a_job_runs_once_and_a_failure_says_where(tmp_path, capsys):
