@@ -12,8 +12,8 @@ language models: the whole completion is one action, so its log-probability is t
     --baseline ema    b ← α b + (1 - α) mean(R)  the value from before this batch: unbiased
     --baseline scst   b_i = r(greedy(x_i))       its own greedy answer (Rennie et al. 2017, 1612.00563): unbiased
 
-Without a baseline all rewards, near 0.7, push alike: with the default arguments and seeds 0 to 2 the gradient's norm
-was about 120 where mean had 11, and the held-out reward fell by 0.05 where mean gained 0.11 (at commit c8f0ae6).
+Without a baseline all rewards, near 0.7, push alike: of the first policy's gradient, from 16 completions, the variance
+summed over the weights is 15,900 with none, 561 with scst, 182 with ema, 143 with mean (tests/experiments.py).
 
 B prompts a step, G completions of each (here 1), N = B·G, n of them in one process or micro-batch; P prompt tokens,
 T completion tokens, V words of vocabulary.
