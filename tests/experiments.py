@@ -204,7 +204,7 @@ def arithmetic(args: Args) -> None:
     forms = [f"<think>{a} + {b} = {a + b}</think><answer>{a + b}</answer>" for _, a, b in sums]
     examples = [{"prompt": text, "completion": form} for (text, *_), form in zip(sums[:96], forms)]
     examples = write(args.output_dir / "forms.jsonl", examples)
-    task = f"--prompts {questions} --max-new-tokens 32 --num-steps 20 --eval-every 0"
+    task = f"--prompts {questions} --max-new-tokens 32 --num-steps 20 --learning-rate 2e-5 --eval-every 0"
     rewards = "--reward-fn nano_rl.gsm8k:correct", "--reward-fn tests.experiments:correct_and_formatted"
     train(args, {"sft": f"sft --data {examples} --num-steps 6"})
     jobs = {"grpo": f"grpo {task} {rewards[0]}", "reinforce": f"reinforce {task} --kl-coef 0.02 {rewards[0]}"}
