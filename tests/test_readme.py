@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import sys
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,6 +61,7 @@ def small(module) -> set[str]:
 def test_a_command_of_the_readme(name, flags, folder, model, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)  # as `python -m` does
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
     module = importlib.import_module(f"nano_rl.{name}")
     words = flags.replace("<time>", "now").split()
     if "--help" in words:

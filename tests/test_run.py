@@ -275,7 +275,7 @@ def test_empty_completions_score_zero_and_train_their_stop(tmp_path, monkeypatch
         return batch, [""] * len(examples)
 
     monkeypatch.setattr(reinforce, "sample", stop_at_once)
-    folder = run(name, tmp_path / "run", num_steps=1, baseline="ema")
+    folder = run(name, tmp_path / "run", num_steps=1, baseline="ema", brevity_penalty_scale=0)
     assert [row["reward"] for row in rows] == [0] * 4
     assert not same(weights(folder), policy.state_dict())
 
@@ -457,8 +457,9 @@ def test_two_processes_are_one_with_the_doubled_batch(model, tmp_path, name, opt
     del args["batch_size"]
     two, one = divided(tmp_path, name, 2, **args), divided(tmp_path, name, 1, **args)
     for ours, theirs in zip(torch.load(two / "grads.pt"), torch.load(one / "grads.pt"), strict=True):
+        largest = max(1.0, *(gradient.abs().max().item() for gradient in theirs))  # what float32 rounds a sum by
         for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(a, b, atol=1e-6 * largest, rtol=1e-4)
     first_step = [row["reward"] for row in read(two, "completions.jsonl") if row["step"] == 1]
     assert any(first_step[:4]) and not any(first_step[4:])
     ours, theirs = read(two), read(one)
