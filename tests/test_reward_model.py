@@ -292,6 +292,18 @@ def test_use_is_training(kind, head, tmp_path, monkeypatch, request):
 
 
 @pytest.mark.parametrize("kind", ["model", "plain"])
+def test_all_messages_of_a_conversation_are_read(kind, tmp_path, monkeypatch, request):
+    """In use as in training, with the chat template and without."""
+    folder = run(request.getfixturevalue(kind), tmp_path / "run", num_steps=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "reward_model")
+    roles, texts = ("user", "assistant", "user"), ("write about the sea", "the sea sings", "write about a song")
+    prompt = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    _, (used,) = scored_by_reinforce(folder, monkeypatch, [prompt], ["the old song falls"])
+    assert used == rm.encode(tokenizer, [*prompt, {"role": "assistant", "content": "the old song falls"}])
+    assert all(tokenizer(text)["input_ids"][-1] in used for text in texts)
+
+
+@pytest.mark.parametrize("kind", ["model", "plain"])
 def test_use_is_training_with_labels(kind, tmp_path, monkeypatch, request):
     """A text may be divided between prompt and completion anywhere, and also where the policy has a chat template."""
     monkeypatch.setattr(rm, "has_bfloat16", lambda device: False)
