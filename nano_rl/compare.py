@@ -198,6 +198,8 @@ def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, 
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         if options:  # packed weights cannot be trained
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        if device.type == "cpu" and has_bfloat16(device):  # torch's fused attention is several times slower there
+            options["attn_implementation"] = "eager"
         model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise ValueError(f"no weights for {sorted(info['missing_keys'])} of {auto_class.__name__}")
@@ -401,7 +403,7 @@ def compare_policies(args: Args) -> Path:
         run.mkdir(parents=True, exist_ok=True)
         if any(run.iterdir()):
             raise FileExistsError("it is not empty")
-    device = Accelerator().device
+    device = Accelerator(cpu=torch.backends.mps.is_available()).device  # a Mac's GPU has no float64
     reward_fn = load_reward_fn(args, device)
     policies = dict(zip(string.ascii_uppercase, args.policies))
     statistics, answers, judge = {}, {}, None
@@ -544,8 +546,6 @@ def compare_runs(args: Args) -> None:
 
 def main(args: Args) -> None:
     load_dotenv()  # HF_TOKEN
-    if torch.backends.mps.is_available():  # a Mac's GPU, which has no float64
-        os.environ.setdefault("ACCELERATE_USE_CPU", "1")
     given = {name for name, value in asdict(args).items() if value != getattr(Args, name)}
     unused = given - {"runs", "metric", "plot"} if args.runs else given & {"metric", "plot"}
     if unused:

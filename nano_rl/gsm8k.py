@@ -192,6 +192,8 @@ def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, 
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         if options:  # packed weights cannot be trained
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        if device.type == "cpu" and has_bfloat16(device):  # torch's fused attention is several times slower there
+            options["attn_implementation"] = "eager"
         model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise ValueError(f"no weights for {sorted(info['missing_keys'])} of {auto_class.__name__}")

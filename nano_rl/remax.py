@@ -205,6 +205,8 @@ def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, 
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         if options:  # packed weights cannot be trained
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        if device.type == "cpu" and has_bfloat16(device):  # torch's fused attention is several times slower there
+            options["attn_implementation"] = "eager"
         model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise ValueError(f"no weights for {sorted(info['missing_keys'])} of {auto_class.__name__}")
@@ -297,6 +299,7 @@ def micro_batches(batch: dict[str, Tensor], rows: list[int], max_tokens: int) ->
     rows = sorted(rows, key=lambda row: -lengths[row])
     while rows:
         size = max(1, max_tokens // (prompt_width + lengths[rows[0]]))
+        size = math.ceil(len(rows) / math.ceil(len(rows) / size))  # equal shares take less memory
         part = {name: tensor[rows[:size]] for name, tensor in batch.items()}
         used = part["attention_mask"].any(dim=0)  # (P + T,)
         part |= {name: part[name][:, used] for name in ("input_ids", "attention_mask")}
@@ -426,10 +429,10 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
     """Trains, on the rewards of `reward_fn` where one is given (also to resume), and returns the run's folder."""
     load_dotenv()  # HF_TOKEN, WANDB_API_KEY
     os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
-    if torch.backends.mps.is_available():  # a Mac's GPU, which has no float64
-        os.environ.setdefault("ACCELERATE_USE_CPU", "1")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks Linux for memory in large pages, fast to get
     args, state = start_run(args)
-    accelerator = Accelerator(log_with="wandb" if args.track else None)
+    # A Mac's GPU has no float64.
+    accelerator = Accelerator(cpu=torch.backends.mps.is_available(), log_with="wandb" if args.track else None)
     device, rank, is_main = accelerator.device, accelerator.process_index, accelerator.is_main_process
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
     num_completions = args.batch_size * accelerator.num_processes  # N

@@ -229,6 +229,8 @@ def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, 
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         if options:  # packed weights cannot be trained
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        if device.type == "cpu" and has_bfloat16(device):  # torch's fused attention is several times slower there
+            options["attn_implementation"] = "eager"
         model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise ValueError(f"no weights for {sorted(info['missing_keys'])} of {auto_class.__name__}")
@@ -435,8 +437,7 @@ def train(args: Args) -> Path:
     """Trains, and returns the run's folder; the model is in its reward_model."""
     load_dotenv()  # HF_TOKEN, WANDB_API_KEY
     os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
-    if torch.backends.mps.is_available():  # a Mac's GPU, which has no float64
-        os.environ.setdefault("ACCELERATE_USE_CPU", "1")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks Linux for memory in large pages, fast to get
     args, state = start_run(args)
     if bool(args.pairs) == bool(args.labels):
         sys.exit("give --pairs or --labels, a file of JSON lines to train on")
@@ -444,7 +445,8 @@ def train(args: Args) -> Path:
         sys.exit("--head and --eval-pairs go with --pairs, --eval-labels goes with --labels")
     if args.num_scores < 2:
         sys.exit(f"--num-scores {args.num_scores}: must be at least 2")
-    accelerator = Accelerator(log_with="wandb" if args.track else None)
+    # A Mac's GPU has no float64.
+    accelerator = Accelerator(cpu=torch.backends.mps.is_available(), log_with="wandb" if args.track else None)
     if accelerator.num_processes > 1:
         sys.exit("a reward model is trained in one process: start this file with python")
     device = accelerator.device

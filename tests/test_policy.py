@@ -91,6 +91,36 @@ def test_whole_batch_logprobs_do_not_depend_on_micro_batches():
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
 
 
+def test_micro_batches_share_their_rows_evenly():
+    """The longest first, none above the limit unless alone, and no small rest, as memory is that of the largest."""
+    batch = as_batch([2, 7], [[3] * 8] * 16 + [[3]] * 3, pad=1)
+    parts = list(reinforce.micro_batches(batch, list(range(19)), 50))
+    assert [rows for rows, _ in parts][:4] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14], [15, 16, 17, 18]]
+    parts = list(reinforce.micro_batches(batch, list(range(16)), 50))
+    assert [len(rows) for rows, _ in parts] == [4, 4, 4, 4]
+    assert [len(rows) for rows, _ in reinforce.micro_batches(batch, [0, 1], 5)] == [1, 1]
+
+
+@pytest.mark.parametrize("config", [llama_config, gpt2_config, gemma_config])
+def test_plain_and_fused_attention_are_the_same(tmp_path, monkeypatch, config):
+    """`load` takes the faster of the two; samples, log-probabilities and gradients do not tell which."""
+    name, results = save_policy(tmp_path / "model", config(25)), []
+    batch = as_batch([2, 7], [[3, 4, 1], [5, 8, 9]], pad=0, left=2)
+    for bfloat16, attention in (True, "eager"), (False, "sdpa"):
+        monkeypatch.setattr(reinforce, "has_bfloat16", lambda device, bfloat16=bfloat16: bfloat16)
+        policy, tokenizer = reinforce.load(AutoModelForCausalLM, name, CPU)
+        assert policy.config._attn_implementation == attention or config is gemma_config
+        monkeypatch.setattr(reinforce, "has_bfloat16", lambda device: False)
+        sampler = reinforce.make_sampler(policy, tokenizer, reinforce.Args(max_new_tokens=6))
+        torch.manual_seed(0)
+        sampled, _ = reinforce.sample(sampler, tokenizer, make_examples([3, 5, 7], [4]), 1.0)
+        logprobs = reinforce.compute_logprobs(policy, batch, 0.7)
+        results.append((sampled["input_ids"], logprobs, gradient(logprobs.sum(), policy)))
+    (samples, *ours), (fused_samples, *fused) = results
+    assert torch.equal(samples, fused_samples)
+    torch.testing.assert_close(ours, fused, atol=1e-4, rtol=1e-4)
+
+
 def test_metrics_ignore_padding():
     """Ten more columns of padding on both sides: sums over tokens and their number stay (pitfall 25)."""
     policy, batch = make_policy(llama_config(8)), as_batch([2, 7], [[3, 1], [4, 5, 6]], pad=1)

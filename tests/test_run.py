@@ -233,13 +233,22 @@ def test_micro_batches_do_not_change_a_run(model, tmp_path, monkeypatch, name):
 
 def test_a_mac_computes_on_its_processor(model, tmp_path, monkeypatch):
     """Its GPU has no float64, and accelerate would choose it."""
-    monkeypatch.delenv("ACCELERATE_USE_CPU")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     seen = []
-    monkeypatch.setattr(reinforce, "start_run", lambda args: sys.exit(seen.append(os.environ["ACCELERATE_USE_CPU"])))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(reinforce, "Accelerator", lambda cpu, **_: sys.exit(seen.append(cpu)))
     with pytest.raises(SystemExit):
         run(model, tmp_path / "run")
-    assert seen == ["1"]
+    assert seen == [True]
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="of Linux")
+def test_memory_comes_in_large_pages(model, tmp_path):
+    """torch reads its setting at its first allocation, which must not come before `train` makes it."""
+    script = "import sys, torch; from nano_rl.rloo import Args, train; train(Args(**eval(sys.argv[1])));"
+    script += "block = torch.ones(2**24); print(open('/proc/self/smaps').read().count(' hg'))"
+    args = TINY | {"model": model, "num_steps": 1, "output_dir": str(tmp_path / "run")}
+    done = subprocess.run([sys.executable, "-c", script, str(args)], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout.splitlines()[-1]) > 0, done.stderr
 
 
 def test_equal_rewards_are_a_step_of_zero_gradient(model, tmp_path):
