@@ -3,11 +3,12 @@
     uv run --with trl==1.16.0 --with datasets tests/benchmark.py
     uv run --with trl==1.16.0 --with datasets tests/benchmark.py --completions 8 32 64 --algorithms grpo
     uv run --extra lora tests/benchmark.py --memory --algorithms reinforce rloo remax raft grpo ppo
+    uv run --extra lora tests/benchmark.py --memory --shape 1B --lora-ranks 16 --algorithms grpo
     uv run tests/benchmark.py --generation
 
 Each run is a process of its own, and the two take turns. Model, prompts, group size, precision, learning rate and KL
 (none) are the same, and every completion has the full length, so that both compute the same number of tokens. TRL's
-other settings are its defaults but for gradient checkpointing, which is off: it would cost time to save memory.
+other settings are those of tests/trl_run.py.
 
 --memory shows the peak of each file instead, with all weights trained and with adapters; --generation, for a GPU, the
 speed of sampling from random weights: eager, with --static-cache, and with transformers' continuous batching.
@@ -34,9 +35,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import nano_rl.reinforce as reinforce  # noqa: E402
+from tests.trl_run import make_trainer  # noqa: E402
 
 CPU = torch.device("cpu")
-GROUP_SIZE = 4
 SHAPES = {  # of models with random weights
     "135M": {  # SmolLM2
         "hidden_size": 576,
@@ -75,6 +76,7 @@ class Args:
     model: str | None = None  # folder of the model; SmolLM2 from the demo group if not given
     shape: Literal["135M", "0.5B", "1B"] | None = None  # random weights of this shape instead
     memory: bool = False  # show the peak memory of each file instead
+    lora_ranks: tuple[int, ...] = (0, 16)  # of --memory; 0: all weights are trained
     generation: bool = False  # show the speed of sampling instead
     rows: tuple[int, ...] = (16, 64, 256)  # completions at a time, of --generation
     job: str | None = None  # one run, as JSON; the benchmark starts itself with it
@@ -110,8 +112,6 @@ class Clock:
 def run_nano_rl(job: dict, clock: Clock, folder: str) -> None:
     file = importlib.import_module(f"nano_rl.{job['algorithm']}")
     sizes = {"batch_size": job["completions"], "max_new_tokens": job["length"], "lora_rank": job.get("lora_rank", 0)}
-    if hasattr(file.Args, "group_size"):
-        sizes["group_size"] = GROUP_SIZE
     make_sampler = file.make_sampler
 
     def full_length_sampler(*inputs):
@@ -130,31 +130,6 @@ def run_nano_rl(job: dict, clock: Clock, folder: str) -> None:
 
 
 def run_trl(job: dict, clock: Clock, folder: str) -> None:
-    import datasets
-    import trl
-
-    trainer_class = {"rloo": trl.RLOOTrainer, "grpo": trl.GRPOTrainer}[job["algorithm"]]
-    config_class = {"rloo": trl.RLOOConfig, "grpo": trl.GRPOConfig}[job["algorithm"]]
-    cuda = torch.cuda.is_available()
-    config = config_class(
-        output_dir=folder,
-        per_device_train_batch_size=job["completions"],
-        num_generations=GROUP_SIZE,
-        max_completion_length=job["length"],
-        generation_kwargs={"min_new_tokens": job["length"]},
-        temperature=reinforce.Args.temperature,
-        learning_rate=reinforce.Args.learning_rate,
-        max_steps=job["steps"],
-        beta=0.0,
-        bf16=reinforce.has_bfloat16(torch.device("cuda" if cuda else "cpu")),
-        use_cpu=not cuda,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        **({"loss_type": "grpo"} if job["algorithm"] == "grpo" else {}),
-    )
-
     class Steps(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
             self.start = time.perf_counter()
@@ -162,19 +137,24 @@ def run_trl(job: dict, clock: Clock, folder: str) -> None:
         def on_step_end(self, *_, **__):
             clock.end_step(time.perf_counter() - self.start)
 
-    prompts = [f"Write a long story about a {topic}." for topic in reinforce.TOPICS]
-    rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts]
-    trainer_class._generate = clock.wrap("sampling", trainer_class._generate)
-    trainer_class._calculate_rewards = clock.wrap("scoring", trainer_class._calculate_rewards)
     model, tokenizer = reinforce.load(transformers.AutoModelForCausalLM, job["model"], CPU)
-    trainer_class(
-        model=model,
-        args=config,
-        reward_funcs=reward,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[Steps()],
-    ).train()
+    model.set_attn_implementation("sdpa")  # transformers' default; `load` may choose another
+    trainer = make_trainer(
+        job["algorithm"],
+        model,
+        tokenizer,
+        [f"Write a long story about a {topic}." for topic in reinforce.TOPICS],
+        reward,
+        Steps(),
+        output_dir=folder,
+        per_device_train_batch_size=job["completions"],
+        max_completion_length=job["length"],
+        generation_kwargs={"min_new_tokens": job["length"]},
+        max_steps=job["steps"],
+    )
+    trainer._generate = clock.wrap("sampling", trainer._generate)
+    trainer._calculate_rewards = clock.wrap("scoring", trainer._calculate_rewards)
+    trainer.train()
 
 
 def run_job(job: dict) -> dict:
@@ -254,7 +234,7 @@ def main(args: Args) -> None:
         job = {"framework": "nano_rl", "model": folder, "steps": args.steps + 1}
         sizes = [{"completions": n, "length": length} for n in args.completions for length in args.lengths]
         if args.memory:
-            show_memory(job | sizes[0], args.algorithms)
+            show_memory(job | sizes[0], args.algorithms, args.lora_ranks)
             return
         print("| round | algorithm | completions x tokens | | s/step | sampling | scoring | training | tokens/s | GB |")
         print("|---|---|---|---|---|---|---|---|---|---|")
@@ -269,12 +249,13 @@ def run_process(job: dict) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def show_memory(job: dict, algorithms: tuple[str, ...]) -> None:
+def show_memory(job: dict, algorithms: tuple[str, ...], lora_ranks: tuple[int, ...]) -> None:
     """The peak of each file, of its process or on the GPU."""
-    print("| file | all weights, GB | adapters (--lora-rank 16), GB |\n|---|---|---|")
+    titles = [f"adapters (--lora-rank {rank}), GB" if rank else "all weights, GB" for rank in lora_ranks]
+    print(f"| file | {' | '.join(titles)} |\n|---|{'---|' * len(titles)}")
     for algorithm in algorithms:
-        peaks = [run_process(job | {"algorithm": algorithm, "lora_rank": rank})["memory"] for rank in (0, 16)]
-        print(f"| {algorithm}.py | {peaks[0]:.1f} | {peaks[1]:.1f} |", flush=True)
+        peaks = [run_process(job | {"algorithm": algorithm, "lora_rank": rank})["memory"] for rank in lora_ranks]
+        print(f"| {algorithm}.py | {' | '.join(f'{peak:.1f}' for peak in peaks)} |", flush=True)
 
 
 def show_generation(model, tokenizer, rows: tuple[int, ...], length: int, bandwidth: float) -> None:

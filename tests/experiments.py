@@ -1,6 +1,8 @@
 """The README's experiments: trains what they compare, and prints their tables.
 
     uv run tests/experiments.py ladder                       # the six algorithms on lexical richness
+    uv run tests/experiments.py sweep --seeds 0              # the same with three learning rates
+    uv run --with trl==1.16.0 --with datasets tests/experiments.py trl    # TRL's RLOO and GRPO on the same task
     uv run tests/experiments.py preferences --data FOLDER    # reward models, and REINFORCE on their scores
     uv run tests/experiments.py imdb --data FOLDER           # SFT, a sentiment classifier, RLOO, REINFORCE and PPO
     uv run tests/experiments.py arithmetic                   # answers that are right or wrong
@@ -44,7 +46,9 @@ BASELINES = "none mean ema scst".split()
 
 @dataclass
 class Args:
-    experiment: tyro.conf.Positional[Literal["ladder", "preferences", "imdb", "arithmetic", "baselines", "variance"]]
+    experiment: tyro.conf.Positional[
+        Literal["ladder", "sweep", "trl", "preferences", "imdb", "arithmetic", "baselines", "variance"]
+    ]
     data: Path | None = None  # folder of train.jsonl and test.jsonl
     seeds: tuple[int, ...] = (0, 1, 2)
     workers: int = 2  # runs at a time
@@ -137,6 +141,24 @@ def ladder(args: Args) -> None:
     """The six files with their defaults."""
     train_seeds(args, {file: file for file in LADDER})
     show(["file", *LEARNING], [[file, *learning(args, file)] for file in LADDER])
+
+
+def sweep(args: Args) -> None:
+    """The default learning rate, its half and its double."""
+    jobs = {
+        f"{file}-{rate}": f"{file} --learning-rate {rate}" for file in LADDER for rate in ("4e-5", "8e-5", "1.6e-4")
+    }
+    train_seeds(args, jobs)
+    show(["file and rate", *LEARNING], [[name, *learning(args, name)] for name in jobs])
+
+
+def trl(args: Args) -> None:
+    """TRL's two trainers, given the same budget."""
+    algorithms = ("rloo", "grpo")
+    names = [(f"trl-{algorithm}-{seed}", algorithm, seed) for seed in args.seeds for algorithm in algorithms]
+    command = "tests.trl_run {} --seed {} --output-dir {}"
+    run(args, {name: command.format(algorithm, seed, args.output_dir / name) for name, algorithm, seed in names})
+    show(["trainer", *LEARNING], [[algorithm, *learning(args, f"trl-{algorithm}")] for algorithm in algorithms])
 
 
 def preferences(args: Args) -> None:

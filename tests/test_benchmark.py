@@ -44,3 +44,11 @@ def test_generation_is_shown_for_every_way(capsys):
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[1:3] for row in rows] == [[n, way] for n in "23" for way in ("eager", "static cache")]
     assert all(float(row[3]) > 0 for row in rows)
+
+
+def test_the_table_of_peaks(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "run_process", lambda job: {"memory": 4.0 if job["lora_rank"] == 0 else 2.04})
+    benchmark.show_memory({}, ("rloo", "grpo"), (0, 16))
+    title, rule, *rows = capsys.readouterr().out.splitlines()
+    assert title.count("|") == rule.count("|") == 4
+    assert rows == ["| rloo.py | 4.0 | 2.0 |", "| grpo.py | 4.0 | 2.0 |"]

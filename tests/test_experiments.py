@@ -7,7 +7,11 @@ from pathlib import Path
 import experiments
 import pytest
 import torch
+import trl_run
 import tyro
+from transformers import TrainerState
+
+from nano_rl import compare, rloo
 
 ROWS = {
     "imdb": [{"text": f"a film\x85 number {i} of the year that I saw", "label": i % 2} for i in range(130)],
@@ -17,7 +21,7 @@ METRICS = {"eval/reward": 0.5, "eval/words": 50.0, "eval/kl": 0.1, "eval/ref_log
 METRICS |= {"eval/accuracy_se": 0.02, "eval/longer_accuracy": 0.65, "eval/loss": 0.6, "eval/score_deviation": None}
 
 
-@pytest.mark.parametrize("name", ["ladder", "preferences", "imdb", "arithmetic", "baselines"])
+@pytest.mark.parametrize("name", ["ladder", "sweep", "trl", "preferences", "imdb", "arithmetic", "baselines"])
 def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monkeypatch, capsys):
     for split in ("train", "test"):
         experiments.write(tmp_path / f"data/{split}.jsonl", ROWS.get(name, []))
@@ -37,7 +41,7 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         experiments.write(folder / "metrics.jsonl", [METRICS | {"eval/reward": 0.25}, METRICS])
         row = {"split": "held_out", "reward": 1.0, "formatted": 0.0}
         experiments.write(folder / "completions.jsonl", [row | {"step": 0, "reward": -1.0}, row | {"step": 12}])
-        folder.with_suffix(".json").write_text('{"seconds": 60, "memory": 4}')
+        Path(f"{folder}.json").write_text('{"seconds": 60, "memory": 4}')
 
     monkeypatch.setattr(experiments, "run_job", pretend)
     experiments.main(experiments.Args(name, data=tmp_path / "data", output_dir=tmp_path / "out", workers=1))
@@ -61,6 +65,39 @@ def test_a_job_runs_once_and_a_failure_says_where(tmp_path, capsys):
     with pytest.raises(RuntimeError, match="second failed: .*No module named no_such"):
         experiments.run(args, {"second": "no_such"})
     assert not (tmp_path / "second.json").exists()
+
+
+def test_trl_is_evaluated_and_written_down_like_our_own_run(model, tmp_path, monkeypatch):
+    seen = {}
+
+    class Trainer:  # in the place of TRL's, which the tests do not install
+        def __init__(self, algorithm, policy, tokenizer, prompts, reward_fn, callback, **options):
+            seen.update(prompts=prompts, options=options, rewards=reward_fn(["a"], ["one one"], note=[1]))
+            self.policy, self.callback = policy, callback
+
+        def train(self):
+            random_state = torch.get_rng_state()
+            self.callback.on_train_begin(None)
+            for step in range(1, 6):
+                self.policy.get_input_embeddings().weight.data += 0.1
+                self.callback.on_step_end(None, TrainerState(global_step=step))
+            assert torch.equal(torch.get_rng_state(), random_state)
+
+    monkeypatch.setattr(trl_run, "make_trainer", Trainer)
+    options = {"model": model, "seed": 3, "max_new_tokens": 6}
+    trl_run.main(trl_run.Args("grpo", tmp_path / "trl", num_steps=5, eval_every=2, **options))
+    rloo.train(rloo.Args(num_steps=1, batch_size=4, output_dir=str(tmp_path / "ours"), **options))
+
+    metrics, samples = [experiments.read(tmp_path / "trl" / name) for name in ("metrics.jsonl", "completions.jsonl")]
+    ours = experiments.read(tmp_path / "ours/metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 2, 4, 5]
+    assert metrics[0] == ours[0] and metrics[-1]["eval/kl"] != 0
+    held_out = {row["prompt"] for row in samples}
+    assert len(held_out) == 8 and len(seen["prompts"]) == 24 and not held_out & set(seen["prompts"])
+    assert seen["options"]["max_steps"] == 5 and seen["options"]["seed"] == 3
+    assert seen["rewards"] == pytest.approx([0.5])  # one of two words is new
+    config, curve = compare.read_run(tmp_path / "trl", "eval/reward")
+    assert config["seed"] == 3 and list(curve) == [0, 2, 4, 5]
 
 
 def test_the_spread_of_vectors():

@@ -1,0 +1,123 @@
+"""TRL's RLOO or GRPO on NanoRL's own task, evaluated by NanoRL and written down like one of its runs.
+
+    uv run --with trl==1.16.0 --with datasets -m tests.trl_run rloo --output-dir runs/trl-rloo
+
+Model, prompts, reward, completions and steps, temperature, precision, Adam and its learning rate are what
+nano_rl/rloo.py and grpo.py have by default, and there is no KL. The rest is TRL's default but for gradient
+checkpointing, which is off: it would cost time to save memory.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+import tyro
+from tyro.conf import Positional
+
+from nano_rl import rloo
+
+
+@dataclass
+class Args:
+    algorithm: Positional[Literal["rloo", "grpo"]]
+    output_dir: Path
+    model: str = rloo.Args.model
+    seed: int = 0
+    num_steps: int = rloo.Args.num_steps
+    max_new_tokens: int = rloo.Args.max_new_tokens
+    eval_every: int = rloo.Args.eval_every
+
+
+def make_trainer(algorithm: str, model, tokenizer, prompts: list, reward_fn, callback, **options):
+    """TRL's trainer of `algorithm`; `options` are of its config."""
+    import datasets
+    import trl
+
+    trainer_class = {"rloo": trl.RLOOTrainer, "grpo": trl.GRPOTrainer}[algorithm]
+    config_class = {"rloo": trl.RLOOConfig, "grpo": trl.GRPOConfig}[algorithm]
+    cuda = torch.cuda.is_available()
+    config = config_class(
+        num_generations=rloo.Args.group_size,
+        temperature=rloo.Args.temperature,
+        learning_rate=rloo.Args.learning_rate,
+        lr_scheduler_type="constant",
+        beta=0.0,
+        bf16=rloo.has_bfloat16(torch.device("cuda" if cuda else "cpu")),
+        use_cpu=not cuda,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **({"loss_type": "grpo"} if algorithm == "grpo" else {}),  # the paper's, as in grpo.py
+        **options,
+    )
+    rows = [{"prompt": rloo.as_messages(prompt, "user")} for prompt in prompts]
+    return trainer_class(
+        model=model,
+        args=config,
+        reward_funcs=reward_fn,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+
+
+class Evaluations(transformers.TrainerCallback):
+    """Calls `evaluate` with the step: at the start, every so many steps, and after the last."""
+
+    def __init__(self, evaluate, every: int, last: int) -> None:
+        self.evaluate, self.every, self.last = evaluate, every, last
+
+    def on_train_begin(self, *_, **__) -> None:
+        self.evaluate(0)
+
+    def on_step_end(self, _, state, *__, **___) -> None:
+        if state.global_step == self.last or state.global_step % self.every == 0:
+            self.evaluate(state.global_step)
+
+
+def main(args: Args) -> None:
+    ours = rloo.Args(
+        model=args.model, seed=args.seed, max_new_tokens=args.max_new_tokens, output_dir=str(args.output_dir)
+    )
+    policy, tokenizer = rloo.load(transformers.AutoModelForCausalLM, args.model, torch.device("cpu"))
+    examples = rloo.load_prompts(ours, tokenizer, policy.config.max_position_embeddings)
+    num_held_out = max(2, min(32, len(examples) // 4))
+    sampler = rloo.make_sampler(policy, tokenizer, ours)
+    ref_weights = {name: weight.clone() for name, weight in rloo.trained_weights(sampler).items()}
+    policy.set_attn_implementation("sdpa")  # transformers' default, which TRL's user gets; `load` may choose another
+    reward_fn = rloo.load_reward_fn(ours, policy.device)
+    args.output_dir.mkdir(parents=True)
+    (args.output_dir / "config.json").write_text(json.dumps(asdict(args) | {"output_dir": str(args.output_dir)}))
+
+    def evaluate(step: int) -> None:
+        with torch.random.fork_rng():  # an evaluation has draws of its own
+            held_out = examples[-num_held_out:]
+            metrics, rows = rloo.evaluate(policy, sampler, ref_weights, tokenizer, held_out, reward_fn, ours)
+        for name, lines in ("metrics.jsonl", [metrics]), ("completions.jsonl", rows):
+            with open(args.output_dir / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step} | line, ensure_ascii=False) + "\n" for line in lines)
+
+    def reward(prompts: list, completions: list, **columns) -> list[float]:  # TRL asks for a function with a name
+        return reward_fn(prompts=prompts, completions=completions, **columns)
+
+    make_trainer(
+        args.algorithm,
+        policy,
+        tokenizer,
+        [example["prompt"] for example in examples[:-num_held_out]],
+        reward,
+        Evaluations(evaluate, args.eval_every, args.num_steps),
+        output_dir=str(args.output_dir / "trl"),
+        per_device_train_batch_size=ours.batch_size,
+        max_completion_length=args.max_new_tokens,
+        max_steps=args.num_steps,
+        seed=args.seed,
+    ).train()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
