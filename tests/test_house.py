@@ -78,10 +78,16 @@ def test_budgets(file):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             lengths[node.name] = node.end_lineno - node.lineno + 1
     lengths["algorithm"] = lengths["compute_advantages"] + lengths["compute_loss"]
-    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 140, "file": 589}
+    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 142, "file": 597}
     if file.stem == "ppo":  # a second model
-        budgets |= {"train": 169, "file": 659}
+        budgets |= {"train": 171, "file": 667}
     assert {name: lengths[name] for name in budgets if lengths[name] > budgets[name]} == {}
+
+
+@pytest.mark.parametrize("file", LADDER, ids=lambda file: file.stem)
+def test_the_readme_counts_the_lines(file):
+    (row,) = re.findall(rf"^\| \[`{file.name}`\].*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert str(file.read_text().count("\n")) in row.split(" | ")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -2,6 +2,9 @@
 
 import math
 import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,12 +32,12 @@ def refused(model, tmp_path, **args) -> str:
 @pytest.mark.parametrize("value", [0, -1])
 def test_numbers_that_must_be_positive(model, tmp_path, name, value):
     flag = f"--{name.replace('_', '-')}"
-    assert refused(model, tmp_path, **{name: value}) == f"{flag} {value}: must be above 0"
+    assert refused(model, tmp_path, **{name: value}) == f"{flag} {value}: must be above 0 and below 2**32"
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    "flags", [{"kl_coef": -0.1}, {"save_every": -1}, {"learning_rate": math.nan}, {"ema_beta": 1.5}]
+    "flags", [{"kl_coef": -0.1}, {"save_every": -1}, {"learning_rate": math.nan}, {"ema_beta": 1.5}, {"seed": 2**32}]
 )
 def test_other_impossible_numbers(model, tmp_path, flags):
     assert "must be" in refused(model, tmp_path, **flags)
@@ -53,6 +56,14 @@ def test_a_model_that_is_not_there(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert str(empty) in refused(str(empty), tmp_path)
+
+
+def test_what_the_libraries_say_of_a_model_is_left_out(model):
+    """A policy has no score: transformers reports it in nine lines, in colours."""
+    command = [sys.executable, "-m", "nano_rl.rloo", "--model", model, "--reward-model", model]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"cannot load {model}: ") and "no weights for ['score.weight']" in done.stderr
 
 
 def test_a_gated_model(tmp_path, monkeypatch):
@@ -219,7 +230,7 @@ def test_resume_of_another_algorithms_run(model, tmp_path):
 def test_the_other_files_numbers(model, tmp_path, file, flag):
     with pytest.raises(SystemExit) as error:
         file.train(file.Args(model=model, output_dir=str(tmp_path / "run"), **{flag: 0}))
-    assert line(error) == f"--{flag.replace('_', '-')} 0: must be above 0"
+    assert line(error) == f"--{flag.replace('_', '-')} 0: must be above 0 and below 2**32"
 
 
 def test_a_full_disk_while_saving(model, tmp_path, monkeypatch):

@@ -19,6 +19,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 FOUND = re.findall(r"-m nano_rl\.(\w+)([^`\n]*)", README.replace("\\\n", " "))
 COMMANDS = list(dict.fromkeys((name, " ".join(shlex.split(flags, comments=True))) for name, flags in FOUND))
 
+SCRIPTS = sorted(set(re.findall(r"tests/(\w+)\.py([^`#\n)]*)", README.replace("\\\n", " "))))
+
 SMALL = dict(num_steps=1, batch_size=8, rows_per_step=2, max_new_tokens=4, eval_every=0, num_samples=1)
 FILES = {
     "prompts.jsonl": [{"prompt": f"write about {i}"} for i in range(8)],
@@ -90,3 +92,13 @@ def test_a_command_of_the_readme(name, flags, folder, model, tmp_path, monkeypat
     if "runs" in given:
         changes = {"plot": str(tmp_path / args.plot) if find_spec("matplotlib") else None}
     (module.main if name in ("compare", "gsm8k") else module.train)(replace(args, **changes))
+
+
+@pytest.mark.parametrize("name, flags", SCRIPTS, ids=lambda words: words)
+def test_a_script_of_the_readme_takes_its_flags(name, flags):
+    """What the scripts do with them is test_benchmark's and test_experiments's."""
+    module = importlib.import_module(name)
+    if hasattr(module, "Args"):
+        tyro.cli(module.Args, args=flags.split())
+    else:
+        assert not flags and name.startswith("test_")

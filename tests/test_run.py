@@ -382,6 +382,10 @@ def test_more_steps(model, straight, tmp_path):
     reinforce.train(reinforce.Args(resume=str(folder), num_steps=6))
     assert same(weights(folder), weights(straight))
     assert json.loads((folder / "config.json").read_text())["num_steps"] == 6
+    for steps in 4, 5, 6:
+        with pytest.raises(SystemExit, match=f"has done 6 steps: give a larger --num-steps, not {steps}"):
+            reinforce.train(reinforce.Args(resume=str(folder), num_steps=steps))
+    assert len(read(folder)) == 7, "nothing of a longer run is lost"
 
 
 # ---- Several processes, and a copied file ---------------------------------------------------------------------------
@@ -530,14 +534,18 @@ def test_a_copied_file_trains_stops_at_ctrl_c_and_resumes(model, tmp_path, name)
     assert (folder / "policy").exists()
 
 
-def test_a_second_ctrl_c_does_not_wait(monkeypatch, capfd):
+def test_ctrl_c_waits_for_a_step_that_has_begun_and_a_second_one_does_not(monkeypatch, capfd):
     monkeypatch.setattr(reinforce, "INTERRUPTS", [])
+    monkeypatch.setattr(reinforce, "BEGUN", [])
     before = signal.signal(signal.SIGINT, reinforce.interrupt)
     try:
+        with pytest.raises(SystemExit, match="stopped"):  # the model loads
+            os.kill(os.getpid(), signal.SIGINT)
+        reinforce.BEGUN.append(True)
         os.kill(os.getpid(), signal.SIGINT)
         assert reinforce.INTERRUPTS == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="stopped"):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert "stopping after this step" in capfd.readouterr().err
+    assert capfd.readouterr().err.count("stopping after this step") == 1
