@@ -53,7 +53,7 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2)
     workers: int = 2  # runs at a time
     output_dir: Path = Path("runs/experiments")  # what is in it already is not run again
-    flags: str = ""  # more flags for every training run, such as "--num-steps 2"
+    flags: str = ""  # more flags for every training run, as in --flags="--num-steps 2"
 
 
 def correct_and_formatted(prompts: list, completions: list, answer: list, **_) -> list[float]:
