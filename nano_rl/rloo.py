@@ -82,7 +82,7 @@ class Args:  # a flag's comment is its --help
     eval_every: int = 5  # steps between evaluations on the held-out prompts; 0: only before and after
     save_every: int = 0  # steps between checkpoints for --resume; 0: none but the one that Ctrl-C writes
     output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
-    resume: str | None = None  # folder of a run to go on with, under its own arguments; only --num-steps may change
+    resume: str | None = None  # folder of a run to go on with, under its own arguments but for a new --num-steps
     track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
     # Algorithm
     group_size: int = 4  # completions of each prompt (G)
@@ -385,7 +385,9 @@ def start_run(args: Args) -> tuple[Args, dict]:
             if saved.keys() != asdict(args).keys():
                 raise ValueError("the run of another algorithm")
         args = Args(**saved | given | {"output_dir": args.resume})
-        if args.num_steps <= state["step"] and ("num_steps" in given or Path(args.resume, "policy").exists()):
+        policy = Path(args.resume, "policy")  # of these steps, or of fewer
+        finished = policy.exists() and policy.stat().st_mtime >= Path(args.resume, "checkpoint.pt").stat().st_mtime
+        if args.num_steps <= state["step"] and ("num_steps" in given or finished):
             sys.exit(f"{args.resume} has done {state['step']} steps: give a larger --num-steps, not {args.num_steps}")
         return args, state
     for name, value in asdict(args).items():

@@ -155,10 +155,9 @@ def sweep(args: Args) -> None:
 def trl(args: Args) -> None:
     """TRL's two trainers, given the same budget."""
     algorithms = ("rloo", "grpo")
-    names = [(f"trl-{algorithm}-{seed}", algorithm, seed) for seed in args.seeds for algorithm in algorithms]
-    command = "tests.trl_run {} --seed {} --output-dir {}"
-    run(args, {name: command.format(algorithm, seed, args.output_dir / name) for name, algorithm, seed in names})
-    show(["trainer", *LEARNING], [[algorithm, *learning(args, f"trl-{algorithm}")] for algorithm in algorithms])
+    jobs = {f"trl-{name}-{seed}": f"{name} {args.flags} --seed {seed}" for seed in args.seeds for name in algorithms}
+    run(args, {name: f"tests.trl_run {job} --output-dir {args.output_dir / name}" for name, job in jobs.items()})
+    show(["trainer", *LEARNING], [[name, *learning(args, f"trl-{name}")] for name in algorithms])
 
 
 def preferences(args: Args) -> None:

@@ -2,9 +2,10 @@
 
     uv run --with trl==1.16.0 --with datasets -m tests.trl_run rloo --output-dir runs/trl-rloo
 
-Model, prompts, reward, completions and steps, temperature, precision, Adam and its learning rate are what
-nano_rl/rloo.py and grpo.py have by default, and there is no KL. The rest is TRL's default but for gradient
-checkpointing, which is off: it would cost time to save memory.
+Model, prompts, reward, completions and steps, temperature, precision, Adam, its constant learning rate and, for GRPO,
+the paper's loss are what nano_rl/rloo.py and grpo.py have by default, and there is no KL. The rest is TRL's default,
+such as fused attention and one pass for all completions, but for gradient checkpointing, which is off: it costs time
+to save memory.
 """
 
 import json
@@ -75,7 +76,7 @@ class Evaluations(transformers.TrainerCallback):
         self.evaluate(0)
 
     def on_step_end(self, _, state, *__, **___) -> None:
-        if state.global_step == self.last or state.global_step % self.every == 0:
+        if state.global_step == self.last or self.every and state.global_step % self.every == 0:
             self.evaluate(state.global_step)
 
 
@@ -94,7 +95,7 @@ def main(args: Args) -> None:
     (args.output_dir / "config.json").write_text(json.dumps(asdict(args) | {"output_dir": str(args.output_dir)}))
 
     def evaluate(step: int) -> None:
-        with torch.random.fork_rng():  # an evaluation has draws of its own
+        with torch.random.fork_rng():  # TRL's draws go on as if there were no evaluation
             held_out = examples[-num_held_out:]
             metrics, rows = rloo.evaluate(policy, sampler, ref_weights, tokenizer, held_out, reward_fn, ours)
         for name, lines in ("metrics.jsonl", [metrics]), ("completions.jsonl", rows):
