@@ -99,6 +99,6 @@ def test_a_script_of_the_readme_takes_its_flags(name, flags):
     """What the scripts do with them is test_benchmark's and test_experiments's."""
     module = importlib.import_module(name)
     if hasattr(module, "Args"):
-        tyro.cli(module.Args, args=flags.split())
+        tyro.cli(module.Args, args=shlex.split(flags))
     else:
         assert not flags and name.startswith("test_")
