@@ -82,7 +82,7 @@ class Args:  # a flag's comment is its --help
     micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
     seed: int = 0  # of all that is random: samples, the order of the data, new weights
     eval_every: int = 5  # steps between evaluations on the held-out prompts; 0: only before and after
-    save_every: int = 0  # steps between checkpoints for --resume; 0: none but the one that Ctrl-C writes
+    save_every: int = 0  # steps between checkpoints for --resume, and one at the end; 0: only after Ctrl-C or --resume
     output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
     resume: str | None = None  # folder of a run to go on with, under its own arguments but for a new --num-steps
     track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
