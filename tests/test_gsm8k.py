@@ -394,7 +394,7 @@ def refused(*inputs, **flags) -> str:
         ('["a"]', "TypeError"),
         ("", "JSONDecodeError"),
         ('{"question": "a", "answer": "#### none"}', "ValueError: no number in the answer '#### none' to 'a'"),
-        ('{"question": "%s", "answer": "1"}' % ("sun " * 60), "62 tokens; the model's context is 64"),
+        ('{"question": "%s", "answer": "1"}' % ("sun " * 60), "the model's 64 less --max-new-tokens leave 56"),
     ],
 )
 def test_bad_rows(model, tmp_path, row, what):

@@ -52,7 +52,7 @@ def test_one_completion_is_its_own_mean(model, tmp_path):
 def test_a_model_that_is_not_there(tmp_path):
     """Neither a folder nor, without a network, on the hub."""
     message = refused("no-one/no-such-model", tmp_path)
-    assert message.startswith("cannot load no-one/no-such-model: check the name and the network; ")
+    assert message.startswith("cannot load no-one/no-such-model: check the name (a run's is its policy/), the network")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert str(empty) in refused(str(empty), tmp_path)
@@ -72,7 +72,7 @@ def test_a_gated_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", gated)
     message = refused("meta-llama/Llama-3.2-1B-Instruct", tmp_path)
-    assert "a gated model also needs HF_TOKEN in .env" in message and "gated repo" in message
+    assert "if gated, HF_TOKEN in .env" in message and "gated repo" in message
 
 
 def test_a_reward_model_without_a_head(model, tmp_path):
@@ -91,7 +91,11 @@ def test_a_reward_model_without_a_head(model, tmp_path):
         ('{"prompt": "a"}\n{"prompt": [{"role": "user"}]}\n{"prompt": "c"}\n', "line 2", "KeyError: 'content'"),
         ('{"prompt": "a"}\n{"prompt": "b"}\n', "needs 3 prompts or more", ""),
         ("", "line 1", "JSONDecodeError"),
-        ('{"prompt": "%s"}\n' % ("sun " * 60) * 3, "line 1", "62 tokens; the model's context is 64"),
+        (
+            '{"prompt": "%s"}\n' % ("sun " * 60) * 3,
+            "line 1",
+            "less --max-new-tokens leave 56",
+        ),
     ],
 )
 def test_prompts_files(model, tmp_path, text, where, what):
@@ -142,7 +146,7 @@ def test_a_reward_function_by_name(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "bad, what",
     [
-        (lambda texts: 1 / 0, "ZeroDivisionError"),
+        (lambda texts: 1 / 0, "failed: test_input.py:"),
         (lambda texts: [1.0] * (len(texts) - 1), "zip() argument 2 is longer"),
         (lambda texts: [1.0] * (len(texts) + 1), "zip() argument 2 is shorter"),
         (lambda texts: None, "TypeError"),
@@ -161,14 +165,48 @@ def test_a_reward_function_that_fails_in_the_second_step(model, tmp_path, bad, w
         return bad(completions) if len(calls) == 3 else [float(len(text)) for text in completions]
 
     message = refused(model, tmp_path, reward_fn=reward_fn, eval_every=0)
-    assert (
-        message.startswith("the reward function must return a finite number for each of 4 completions")
-        and what in message
-    )
+    must = "the reward function must return a finite number for each of 4 completions"
+    assert message.startswith("the reward function failed: " if "failed" in what else must) and what in message
+    assert message.endswith(f"; when it is mended, go on with --resume {tmp_path / 'run'}")
     if " for " in what:
         assert repr(seen[-1 if what.startswith("nan") else 0]) in message
     assert [row["step"] for row in read(tmp_path / "run")] == [0, 1]  # whole, up to the step that failed
     assert len(read(tmp_path / "run", "completions.jsonl")) == 32 + 4
+    reinforce.train(reinforce.Args(resume=str(tmp_path / "run")), reward_fn)
+    assert [row["step"] for row in read(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("file", [reinforce, rloo, remax, raft, grpo, ppo], ids=lambda file: file.__name__[8:])
+def test_a_reward_function_that_fails_costs_one_step(model, tmp_path, file):
+    """The run that is resumed ends as one whose function never failed."""
+    calls = []
+
+    def reward_fn(completions, **_):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise ValueError("no judge")
+        return [float(len(text)) for text in completions]
+
+    args = TINY | {"model": model, "batch_size": 4, "num_steps": 3, "eval_every": 0, "seed": 7}
+    fails_at = 0
+    whole = file.train(file.Args(output_dir=str(tmp_path / "whole"), **args), reward_fn)
+    fails_at, calls[:] = len(calls) - 1, []  # in the last step
+    with pytest.raises(SystemExit) as error:
+        file.train(file.Args(output_dir=str(tmp_path / "run"), **args), reward_fn)
+    assert ": ValueError: no judge; " in line(error) and line(error).endswith(f" --resume {tmp_path / 'run'}")
+    file.train(file.Args(resume=str(tmp_path / "run")), reward_fn)
+    assert read(tmp_path / "run") == read(whole)
+
+
+def test_a_reward_function_that_fails_in_the_first_step(model, tmp_path):
+    calls = []
+
+    def reward_fn(completions, **_):
+        calls.append(1)
+        return [0.0] * len(completions) if len(calls) == 1 else None
+
+    assert "--resume" not in refused(model, tmp_path, reward_fn=reward_fn)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def test_an_output_folder_that_holds_something(model, tmp_path):

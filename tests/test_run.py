@@ -75,6 +75,8 @@ def test_a_run_writes_its_files(model, tmp_path, flags, capsys):
     out = capsys.readouterr().out
     for step in range(4):
         assert f"step {step}/3  " in out
+    assert "step 0/3  held out: reward " in out and "step 3/3  held out: reward " in out
+    assert max(len(line) for line in out.splitlines() if line.startswith("step ")) <= 80
     assert "Write a long story about a ferry.\n  > " in out
 
 

@@ -255,7 +255,8 @@ def test_a_run_writes_its_files(model, tmp_path, rows, capsys):
     out = capsys.readouterr().out
     for step in range(4):
         assert f"step {step}/3  " in out
-    assert "eval/loss_se" in out and (ROWS[18]["prompt"] + "\n  > " in out or rows is TEXTS)
+    assert max(len(line) for line in out.splitlines() if line.startswith("step ")) <= 80
+    assert "step 3/3  held out: loss " in out and (ROWS[18]["prompt"] + "\n  > " in out or rows is TEXTS)
     args = dict(batch_size=4, num_steps=1, max_new_tokens=8, output_dir=str(tmp_path / "rl"))
     assert reinforce.train(reinforce.Args(model=str(folder / "policy"), **args)).is_dir()
 
