@@ -1,12 +1,13 @@
 """The README's experiments: trains what they compare, and prints their tables.
 
     uv run tests/experiments.py ladder                       # the six algorithms on lexical richness
-    uv run tests/experiments.py sweep --seeds 0              # the same with three learning rates
+    uv run tests/experiments.py sweep --seeds 3 --flags="--num-steps 10"    # the same with four learning rates
     uv run --with trl==1.16.0 --with datasets tests/experiments.py trl    # TRL's RLOO and GRPO on the same task
     uv run tests/experiments.py preferences --data FOLDER    # reward models, and REINFORCE on their scores
     uv run tests/experiments.py imdb --data FOLDER           # SFT, a sentiment classifier, RLOO, REINFORCE and PPO
     uv run tests/experiments.py arithmetic                   # answers that are right or wrong
-    uv run tests/experiments.py baselines                    # REINFORCE's four, and no brevity penalty
+    uv run tests/experiments.py baselines                    # REINFORCE's four
+    uv run tests/experiments.py brevity --seeds 0            # the six without a brevity penalty
     uv run tests/experiments.py variance                     # of REINFORCE's gradient, with each baseline
 
 FOLDER holds train.jsonl and test.jsonl: for preferences {"prompt", "chosen", "rejected"}, such as the pairs that the
@@ -47,7 +48,7 @@ BASELINES = "none mean ema scst".split()
 @dataclass
 class Args:
     experiment: tyro.conf.Positional[
-        Literal["ladder", "sweep", "trl", "preferences", "imdb", "arithmetic", "baselines", "variance"]
+        Literal["ladder", "sweep", "trl", "preferences", "imdb", "arithmetic", "baselines", "brevity", "variance"]
     ]
     data: Path | None = None  # folder of train.jsonl and test.jsonl
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -144,10 +145,9 @@ def ladder(args: Args) -> None:
 
 
 def sweep(args: Args) -> None:
-    """The default learning rate, its half and its double."""
-    jobs = {
-        f"{file}-{rate}": f"{file} --learning-rate {rate}" for file in LADDER for rate in ("4e-5", "8e-5", "1.6e-4")
-    }
+    """Half the default learning rate, the default, and twice and four times that."""
+    rates = ("4e-5", "8e-5", "1.6e-4", "3.2e-4")
+    jobs = {f"{file}-{rate}": f"{file} --learning-rate {rate}" for file in LADDER for rate in rates}
     train_seeds(args, jobs)
     show(["file and rate", *LEARNING], [[name, *learning(args, name)] for name in jobs])
 
@@ -247,11 +247,15 @@ def arithmetic(args: Args) -> None:
 
 
 def baselines(args: Args) -> None:
-    """REINFORCE with each baseline, and with the default one where short answers are not penalised."""
-    jobs = {baseline: f"reinforce --baseline {baseline}" for baseline in BASELINES}
-    jobs |= {"no-penalty": "reinforce --brevity-penalty-scale 0"}
-    train_seeds(args, jobs)
-    show(["baseline", *LEARNING], [[name, *learning(args, name)] for name in jobs])
+    """REINFORCE with each baseline."""
+    train_seeds(args, {baseline: f"reinforce --baseline {baseline}" for baseline in BASELINES})
+    show(["baseline", *LEARNING], [[name, *learning(args, name)] for name in BASELINES])
+
+
+def brevity(args: Args) -> None:
+    """The six files where short answers are not penalised: a story of one word has the reward 1."""
+    train_seeds(args, {file: f"{file} --brevity-penalty-scale 0" for file in LADDER})
+    show(["file", *LEARNING], [[file, *learning(args, file)] for file in LADDER])
 
 
 def spread(total: list[torch.Tensor], squares: float, n: int) -> tuple[float, float]:

@@ -21,7 +21,9 @@ METRICS = {"eval/reward": 0.5, "eval/words": 50.0, "eval/kl": 0.1, "eval/ref_log
 METRICS |= {"eval/accuracy_se": 0.02, "eval/longer_accuracy": 0.65, "eval/loss": 0.6, "eval/score_deviation": None}
 
 
-@pytest.mark.parametrize("name", ["ladder", "sweep", "trl", "preferences", "imdb", "arithmetic", "baselines"])
+@pytest.mark.parametrize(
+    "name", ["ladder", "sweep", "trl", "preferences", "imdb", "arithmetic", "baselines", "brevity"]
+)
 def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monkeypatch, capsys):
     for split in ("train", "test"):
         experiments.write(tmp_path / f"data/{split}.jsonl", ROWS.get(name, []))
