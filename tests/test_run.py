@@ -381,15 +381,16 @@ def test_a_killed_run_resumes_to_the_same_bits(model, straight, tmp_path, moment
 
 def test_more_steps(model, straight, tmp_path):
     """Three steps, resumed for three more, are the six of a run that was asked for six."""
-    folder = run(model, tmp_path / "run", **(RESUMABLE | {"num_steps": 4}))
+    folder = run(model, tmp_path / "run", **(RESUMABLE | {"num_steps": 3}))
+    assert torch.load(folder / "checkpoint.pt")["step"] == 3, "one at the end, too"
     reinforce.train(reinforce.Args(resume=str(folder), num_steps=6))
     assert same(weights(folder), weights(straight))
     assert json.loads((folder / "config.json").read_text())["num_steps"] == 6
-    for steps in 4, 5, 6:
+    for steps in 3, 5, 6:
         with pytest.raises(SystemExit, match=f"has done 6 steps: give a larger --num-steps, not {steps}"):
             reinforce.train(reinforce.Args(resume=str(folder), num_steps=steps))
     assert len(read(folder)) == 7, "nothing of a longer run is lost"
-    os.utime(folder / "policy", (0, 0))  # as if it were that of four steps, and the run killed before it was saved
+    os.utime(folder / "policy", (0, 0))  # as if it were that of three steps, and the run killed before it was saved
     reinforce.train(reinforce.Args(resume=str(folder)))
     assert same(weights(folder), weights(straight)) and (folder / "policy").stat().st_mtime > 0
 
@@ -537,7 +538,7 @@ def test_a_copied_file_trains_stops_at_ctrl_c_and_resumes(model, tmp_path, name)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stderr == "", "a log file holds no progress bars and no warnings"
     assert [row["step"] for row in read(folder)] == [0, 1, 2, 3]
-    assert (folder / "policy").exists()
+    assert (folder / "policy").exists() and torch.load(folder / "checkpoint.pt")["step"] == 3
 
 
 def test_ctrl_c_waits_for_a_step_that_has_begun_and_a_second_one_does_not(monkeypatch, capfd):
