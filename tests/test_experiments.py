@@ -64,6 +64,8 @@ def test_a_job_runs_once_and_a_failure_says_where(tmp_path, capsys):
     (tmp_path / "first.log").unlink()
     experiments.run(args, {"first": "calendar 2026 1"})
     assert not (tmp_path / "first.log").exists()
+    with pytest.raises(RuntimeError, match="first was run as calendar 2026 1: choose another --output-dir"):
+        experiments.run(args, {"first": "calendar 2026 2"})
     with pytest.raises(RuntimeError, match="second failed: .*No module named no_such"):
         experiments.run(args, {"second": "no_such"})
     assert not (tmp_path / "second.json").exists()

@@ -78,9 +78,9 @@ def test_budgets(file):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             lengths[node.name] = node.end_lineno - node.lineno + 1
     lengths["algorithm"] = lengths["compute_advantages"] + lengths["compute_loss"]
-    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 154, "file": 619}
+    budgets = {"docstring": 40, "Args": 70, "algorithm": 45, "train": 154, "file": 620}
     if file.stem == "ppo":  # a second model
-        budgets |= {"train": 183, "file": 689}
+        budgets |= {"train": 183, "file": 691}
     assert {name: lengths[name] for name in budgets if lengths[name] > budgets[name]} == {}
 
 

@@ -198,6 +198,41 @@ def test_a_reward_function_that_fails_costs_one_step(model, tmp_path, file):
     assert read(tmp_path / "run") == read(whole)
 
 
+@pytest.mark.parametrize("file", [reinforce, rloo, remax, raft, grpo, ppo], ids=lambda file: file.__name__[8:])
+def test_a_reward_function_that_fails_in_an_evaluation(model, tmp_path, file):
+    """After the last step: the run that is resumed saves the policy of that step."""
+    calls = []
+
+    def reward_fn(completions, **_):
+        calls.append(len(completions))
+        if calls.count(32) == 2:  # evaluations have 32 completions
+            raise ValueError("no judge")
+        return [float(len(text)) for text in completions]
+
+    args = TINY | {"model": model, "batch_size": 2, "num_steps": 2, "eval_every": 0}
+    args |= {"group_size": 2} if hasattr(file.Args, "group_size") else {}
+    with pytest.raises(SystemExit) as error:
+        file.train(file.Args(output_dir=str(tmp_path / "run"), **args), reward_fn)
+    assert ": ValueError: no judge; " in line(error) and line(error).endswith(f" --resume {tmp_path / 'run'}")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+    file.train(file.Args(resume=str(tmp_path / "run")), reward_fn)
+    assert [row["step"] for row in read(tmp_path / "run")] == [0, 1] and (tmp_path / "run" / "policy").is_dir()
+
+
+def test_a_second_ctrl_c_in_the_reward_function_stops_at_once(model, tmp_path, monkeypatch):
+    calls = []
+
+    def reward_fn(completions, **_):
+        calls.append(1)
+        if len(calls) == 3:  # in the second step
+            monkeypatch.setattr(reinforce, "INTERRUPTS", [1])
+            reinforce.interrupt(2, None)
+        return [float(len(text)) for text in completions]
+
+    assert refused(model, tmp_path, reward_fn=reward_fn) == "stopped"
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 def test_a_reward_function_that_fails_in_the_first_step(model, tmp_path):
     calls = []
 
@@ -254,6 +289,14 @@ def test_resume_of_what_cannot_be_resumed(model, tmp_path):
         with pytest.raises(SystemExit) as error:
             reinforce.train(reinforce.Args(**args))
         assert message in line(error)
+
+
+@pytest.mark.parametrize("words", [["--num-steps", "15"], ["--num_steps=15"]], ids=" ".join)
+def test_a_number_of_steps_that_is_the_default_is_given_too(model, tmp_path, monkeypatch, words):
+    folder = run(model, tmp_path / "run", num_steps=1, save_every=1, eval_every=0)
+    monkeypatch.setattr(sys, "argv", ["reinforce.py", "--resume", str(folder), *words])
+    reinforce.train(reinforce.tyro.cli(reinforce.Args))
+    assert len(read(folder)) == 1 + 15
 
 
 def test_resume_of_another_algorithms_run(model, tmp_path):

@@ -151,7 +151,7 @@ def test_the_first_update_is_on_policy_and_the_warm_up_leaves_the_policy_alone(m
         return compute_loss(logprobs, old_logprobs, *rest)
 
     monkeypatch.setattr(ppo, "compute_loss", spy)
-    many = {"num_updates": 2, "num_minibatches": 2, "learning_rate": 0.05, "micro_batch_tokens": 40}
+    many = {"num_epochs": 2, "num_minibatches": 2, "learning_rate": 0.05, "micro_batch_tokens": 40}
     run(model, tmp_path / "run", num_steps=2, value_warmup_steps=1, **many)
     assert torch.equal(*seen[0]), "the ratio is identically 1"
     assert not torch.equal(*seen[-1])

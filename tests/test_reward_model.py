@@ -601,6 +601,13 @@ def test_more_steps(model, tmp_path):
     assert same(weights(folder), weights(straight))
 
 
+def test_resume_of_a_finished_run(model, tmp_path):
+    folder = run(model, tmp_path / "run", save_every=1)
+    with pytest.raises(SystemExit) as error:
+        rm.train(rm.Args(resume=str(folder)))
+    assert "has done 3 steps: give a larger --num-steps" in error.value.code
+
+
 def test_ctrl_c_ends_the_run_after_its_step(model, tmp_path, monkeypatch):
     """It needs no --save-every, and the run goes on to the weights of one without a stop."""
     straight = run(model, tmp_path / "straight", num_steps=4)
@@ -690,8 +697,9 @@ def test_bad_labels_are_named_by_file_and_line(model, tmp_path, bad, what):
 def test_too_few_rows(model, tmp_path):
     assert "needs 2 different prompts or more" in refused(model=model, pairs=write(tmp_path / "1", PAIRS[:2]))
     assert "needs 3 different prompts or more" in refused(model=model, pairs=write(tmp_path / "2", PAIRS[:4]))
-    message = refused(model=model, labels=write(tmp_path / "3", [row | {"label": 0} for row in LABELS]))
-    assert message == f"{tmp_path / '3'}: needs 2 different labels or more"
+    for label in 0, 1, 2:
+        message = refused(model=model, labels=write(tmp_path / "3", [row | {"label": label} for row in LABELS]))
+        assert message == f"{tmp_path / '3'}: needs 2 different labels or more"
 
 
 @pytest.mark.parametrize(

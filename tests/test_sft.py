@@ -426,7 +426,7 @@ def test_bad_rows_are_named_by_file_and_line(model, tmp_path, bad, what):
     file = tmp_path / "data.jsonl"
     file.write_text("\n".join([*good[:2], bad, *good[2:]]) + "\n")
     message = refused(model=model, data=str(file), output_dir=str(tmp_path / "run"))
-    needs = '{"prompt", "completion": text or messages} or {"text": text}'
+    needs = '{"prompt", "completion": text or [message]} or {"text": text}'
     assert message.startswith(f"{file}, line 3: needs {needs}") and what in message
     message = refused(model=model, data=write(tmp_path / "good", ROWS), eval_data=str(file))
     assert message.startswith(f"{file}, line 3: ")
