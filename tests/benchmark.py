@@ -160,7 +160,7 @@ def run_trl(job: dict, clock: Clock, folder: str) -> None:
 
 
 def run_job(job: dict) -> dict:
-    """Medians over the steps, in seconds, and the peak of the process's memory in GB."""
+    """Medians over the steps, in seconds, and the peak of the process's memory in GiB."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         {"nano_rl": run_nano_rl, "trl": run_trl}[job["framework"]](job, clock, folder)
@@ -236,7 +236,7 @@ def main(args: Args) -> None:
         if args.memory:
             show_memory(job | sizes[0], args.algorithms, args.lora_ranks)
             return
-        print("| round | algorithm | completions x tokens | | s/step | sampling | scoring | training | tokens/s | GB |")
+        print("| round | algorithm | size | | s/step | sampling | scoring | training | tokens/s | GiB |")
         print("|---|---|---|---|---|---|---|---|---|---|")
         for turn, algorithm, size in itertools.product(range(args.rounds), args.algorithms, sizes):
             compare(turn, job | size | {"algorithm": algorithm}, model, prompt_tokens, limits, dtype)
@@ -251,7 +251,7 @@ def run_process(job: dict) -> dict:
 
 def show_memory(job: dict, algorithms: tuple[str, ...], lora_ranks: tuple[int, ...]) -> None:
     """The peak of each file, of its process or on the GPU."""
-    titles = [f"adapters (--lora-rank {rank}), GB" if rank else "all weights, GB" for rank in lora_ranks]
+    titles = [f"adapters (--lora-rank {rank}), GiB" if rank else "all weights, GiB" for rank in lora_ranks]
     print(f"| file | {' | '.join(titles)} |\n|---|{'---|' * len(titles)}")
     for algorithm in algorithms:
         peaks = [run_process(job | {"algorithm": algorithm, "lora_rank": rank})["memory"] for rank in lora_ranks]

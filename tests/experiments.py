@@ -13,6 +13,8 @@
 FOLDER holds train.jsonl and test.jsonl: for preferences {"prompt", "chosen", "rejected"}, such as the pairs that the
 package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the hub, shuffled.
 
+The picture is by nano_rl.compare --runs runs/experiments/ladder/*-? runs/experiments/trl/*-? --plot curves.svg.
+
 Each run is a process with its share of the cores, --workers at a time. One that is done is not repeated, so that an
 experiment that was stopped goes on. A ± is a standard error over seeds, that of a held-out accuracy one over prompts.
 """
@@ -136,7 +138,7 @@ def learning(args: Args, name: str) -> list[str]:
     return cells + [estimate([cost["seconds"] for cost in costs], 0), f"{max(c['memory'] for c in costs):.1f}"]
 
 
-LEARNING = ["before", "after", "gain", "of each seed", "words", "KL a token", "log π_ref a token", "seconds", "GB"]
+LEARNING = ["before", "after", "gain", "of each seed", "words", "KL a token", "log π_ref a token", "seconds", "GiB"]
 
 
 # ---- The experiments ------------------------------------------------------------------------------------------------

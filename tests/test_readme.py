@@ -1,4 +1,4 @@
-"""Every command of the README runs, at a small size: a tiny model, one step, files of a few rows."""
+"""Every command of the README and of superseded.md runs, small: a tiny model, one step, files of a few rows."""
 
 import importlib
 import json
@@ -15,8 +15,10 @@ from tiny import save_policy, save_reward_model
 
 import nano_rl.reinforce as reinforce
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-FOUND = re.findall(r"-m nano_rl\.(\w+)([^`\n]*)", README.replace("\\\n", " "))
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TEXTS = (README + (ROOT / "tests/superseded.md").read_text()).replace("\\\n", " ")
+FOUND = re.findall(r"-m nano_rl\.(\w+)([^`\n]*)", TEXTS)
 COMMANDS = list(dict.fromkeys((name, " ".join(shlex.split(flags, comments=True))) for name, flags in FOUND))
 
 SCRIPTS = sorted(set(re.findall(r"tests/(\w+)\.py([^`#\n)]*)", README.replace("\\\n", " "))))
@@ -32,8 +34,12 @@ FILES = {
 }
 
 
+def test_the_page_fits():
+    assert README.count("\n") <= 200
+
+
 def test_the_commands_are_found():
-    assert len(COMMANDS) > 25 and {name for name, _ in COMMANDS} >= {"reinforce", "grpo", "sft", "compare", "gsm8k"}
+    assert len(COMMANDS) > 20 and {name for name, _ in COMMANDS} >= {"reinforce", "grpo", "sft", "compare", "gsm8k"}
     assert "pip install uv && uv run -m nano_rl.reinforce" in README and "uv run pytest" in README
 
 
@@ -44,10 +50,10 @@ def folder(model, tmp_path_factory) -> Path:
     for name, rows in FILES.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "my_rewards.py").write_text(re.search(r"```python\n(def .*?)```", README, re.DOTALL)[1])
-    save_reward_model(folder / "runs/now-reward_model/reward_model")
-    save_reward_model(folder / "scores", num_labels=10)
-    for name in "rloo", "grpo":
-        save_policy(folder / f"runs/now-{name}/policy")
+    save_reward_model(folder / "runs/score/reward_model")
+    save_reward_model(folder / "runs/scores/reward_model", num_labels=10)
+    for name in "ppo", "gsm8k":
+        save_policy(folder / f"runs/{name}/policy")
     run = str(folder / "runs/now-reinforce")
     reinforce.train(
         reinforce.Args(model=model, output_dir=run, save_every=1, **{n: SMALL[n] for n in small(reinforce)})
@@ -85,8 +91,8 @@ def test_a_command_of_the_readme(name, flags, folder, model, tmp_path, monkeypat
         changes |= {"model": here(args.model)}
     if "policies" in given:
         changes |= {"policies": tuple(map(here, args.policies))}
-    if "reward_model" in given and ("uncertainty_penalty" in given or not Path(args.reward_model).exists()):
-        changes |= {"reward_model": str(folder / "scores")}
+    if "reward_model" in given and not Path(args.reward_model).exists():
+        changes |= {"reward_model": str(folder / "runs/score/reward_model")}
     if "resume" in given:
         changes = {"num_steps": 2}
     if "runs" in given:
