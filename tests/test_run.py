@@ -462,7 +462,7 @@ def divided(tmp_path: Path, name: str, processes: int, **args) -> Path:
         (
             "ppo",
             {
-                "num_updates": 2,
+                "num_epochs": 2,
                 "num_minibatches": 1,
                 "value_warmup_steps": 1,
                 "whiten_advantages": True,
