@@ -13,7 +13,8 @@
 FOLDER holds train.jsonl and test.jsonl: for preferences {"prompt", "chosen", "rejected"}, such as the pairs that the
 package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the hub, shuffled.
 
-The picture is by nano_rl.compare --runs runs/experiments/ladder/*-? runs/experiments/trl/*-? --plot curves.svg.
+The pictures are by nano_rl.compare --plot FILE.svg --runs runs/experiments/ladder/*-? runs/experiments/trl/*-?, and
+--runs runs/experiments/baselines/*-?.
 
 Each run is a process with its share of the cores, --workers at a time. One that is done is not repeated, so that an
 experiment that was stopped goes on. A ± is a standard error over seeds, that of a held-out accuracy one over prompts.
