@@ -19,10 +19,11 @@ that policies with other tokens are measured alike; the stop is no part of the t
 texts alone has no perplexity.
 
 All policies draw with the same random numbers: equal policies give equal completions, and similar ones similar, which
-makes d_p less noisy. With the default flags they are the numbers of a run's own evaluation.
+makes d_p less noisy. With the default flags they are the numbers of a run's own evaluation, or those of reinforce.py
+and rloo.py where --batch-size is 32 or more: their evaluations, too, are divided into batches of that size.
 
 Runs form a group if their folders' names are the same but for time and seed, and their arguments but for the seed and
-where, how long and how often they wrote. The names count because a config.json does not name its algorithm.
+where, how long and how often they wrote. The names count because not every config.json names its algorithm.
 
 Run: uv run -m nano_rl.compare --policies HuggingFaceTB/SmolLM2-135M-Instruct runs/<time>-rloo/policy
      uv run --with matplotlib -m nano_rl.compare --runs runs/* --plot curves.svg
@@ -85,7 +86,7 @@ class Args:  # a flag's comment is its --help
 
 MAY_BE_ZERO = "brevity_penalty_scale temperature seed".split()
 # What may differ within a group of runs: the seed, and what changes no step that two share, as rates are constant.
-SAME_CURVE = "seed output_dir resume track num_steps eval_every save_every".split()
+SAME_CURVE = "seed output_dir resume track num_steps eval_every save_every save_minutes versions".split()
 PROGRESS = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # progress bars do not belong in a log file
 
 

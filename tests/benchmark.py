@@ -84,7 +84,7 @@ class Args:
 
 def reward(prompts, completions, **_) -> list[float]:
     texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-    return reinforce.lexical_richness(texts, min_words=1, penalty=0.0)
+    return reinforce.lexical_richness(texts, penalty=0.0)
 
 
 class Clock:
@@ -124,7 +124,19 @@ def run_nano_rl(job: dict, clock: Clock, folder: str) -> None:
             assert metrics["completions/mean_length"] == job["length"]
             clock.end_step(metrics["step_time"])
 
-    file.make_sampler, file.report, file.evaluate = full_length_sampler, report, lambda *_: ({"eval/reward": 0.0}, [])
+    file.make_sampler = full_length_sampler
+    if hasattr(file, "Run"):  # the new shape; the other files are to follow
+        write_log = file.Run.log
+
+        def log(run, step, metrics, samples) -> None:
+            write_log(run, step, metrics, samples)
+            row = json.loads((run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+            report(run, run.args, run.bar, row, samples)
+
+        file.Run.log, file.Run.save_checkpoint = log, lambda run: None
+        file.evaluate = lambda *_: ({"eval/reward": torch.tensor(0.0)}, [])
+    else:
+        file.report, file.evaluate = report, lambda *_: ({"eval/reward": 0.0}, [])
     file.sample, file.score = clock.wrap("sampling", file.sample), clock.wrap("scoring", file.score)
     file.train(file.Args(model=job["model"], num_steps=job["steps"], output_dir=folder, eval_every=0, **sizes), reward)
 
@@ -226,8 +238,8 @@ def main(args: Args) -> None:
         for shape in [SHAPES[args.shape]] if args.shape else SHAPES.values():
             show_generation(random_model(shape).to(device), tokenizer, args.rows, max(args.lengths), limits[1])
         return
-    examples = reinforce.load_prompts(reinforce.Args(), tokenizer, model.config.max_position_embeddings)
-    prompt_tokens = max(len(example["prompt_ids"]) for example in examples)
+    examples, held_out = reinforce.load_prompts(reinforce.Args(), tokenizer, model)
+    prompt_tokens = max(len(example["prompt_ids"]) for example in examples + held_out)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)  # a folder that all load alike
         tokenizer.save_pretrained(folder)

@@ -274,29 +274,27 @@ def variance(args: Args, options: reinforce.Args | None = None, num_batches: int
     """Of the gradient's estimate g from one batch, with a policy that stays as it starts."""
     options = options or reinforce.Args()
     policy, tokenizer = reinforce.load(AutoModelForCausalLM, options.model, torch.device("cpu"))
-    examples = reinforce.load_prompts(options, tokenizer, policy.config.max_position_embeddings)
+    examples, held_out = reinforce.load_prompts(options, tokenizer, policy)
     sampler = reinforce.make_sampler(policy, tokenizer, options)
     reward_fn = reinforce.load_reward_fn(options, policy.device)
     parameters = list(policy.parameters())
     total = {name: [torch.zeros_like(weight) for weight in parameters] for name in BASELINES}  # Σ g
     squares = dict.fromkeys(BASELINES, 0.0)  # Σ ‖g‖²
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=reinforce.has_bfloat16(policy.device))
     shuffle = random.Random(0)
     torch.manual_seed(0)
-    examples, held_out = examples[:-8], examples[-8:]
     _, completions = reinforce.sample(sampler, tokenizer, held_out, options.temperature)
-    ema = reinforce.score(reward_fn, held_out, completions).mean().item()  # as a run starts it
+    ema = reinforce.score(reward_fn, held_out, completions)[0].mean().item()  # as a run starts it
     for _ in range(num_batches):
         drawn = shuffle.sample(examples, options.batch_size)
         batch, completions = reinforce.sample(sampler, tokenizer, drawn, options.temperature)
         _, greedy = reinforce.sample(sampler, tokenizer, drawn, temperature=0.0)
-        rewards, greedy_rewards = [reinforce.score(reward_fn, drawn, texts) for texts in (completions, greedy)]
+        rewards, greedy_rewards = [reinforce.score(reward_fn, drawn, texts)[0] for texts in (completions, greedy)]
         for name in BASELINES:
             advantages = reinforce.compute_advantages(rewards, name, ema, greedy_rewards, whiten=False)
-            for rows, part in reinforce.micro_batches(batch, list(range(len(rewards))), options.micro_batch_tokens):
-                with autocast:
-                    logprobs = reinforce.compute_logprobs(policy, part, options.temperature)
-                reinforce.compute_loss(logprobs, advantages[rows], part["mask"], len(rewards)).backward()
+            batch["advantages"] = advantages.float()
+            for part in reinforce.micro_batches(batch, options.micro_batch_tokens):
+                logprobs = reinforce.compute_logprobs(policy, part, options.temperature)
+                reinforce.compute_loss(logprobs, part["advantages"], part["mask"], len(rewards)).backward()
             for weight, sums in zip(parameters, total[name]):
                 sums += weight.grad
                 squares[name] += weight.grad.square().sum().item()

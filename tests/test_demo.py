@@ -18,12 +18,8 @@ def smollm2():
     return reinforce.load(AutoModelForCausalLM, reinforce.Args.model, CPU)
 
 
-def test_the_wheel_is_parsed_once_and_saves_to_the_bit(smollm2, tmp_path):
-    import gguf
-
+def test_the_wheel_saves_to_the_bit(smollm2, tmp_path):
     policy, tokenizer = smollm2
-    assert gguf.GGUFReader.cache_info().misses == 1 and gguf.GGUFReader.cache_info().hits >= 2
-    assert gguf.get_tensor_name_map.cache_info().misses == 1
     assert sum(parameter.numel() for parameter in policy.parameters()) == 134_515_008
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in policy.parameters()) and not policy.training
@@ -41,14 +37,13 @@ def test_it_writes_english_and_the_sampler_is_close(smollm2, monkeypatch):
     monkeypatch.setattr(reinforce, "has_bfloat16", lambda device: True)
     policy, tokenizer = smollm2
     args = reinforce.Args(max_new_tokens=24)
-    examples = reinforce.load_prompts(args, tokenizer, policy.config.max_position_embeddings)
-    assert len(examples) == 32
+    examples, held_out = reinforce.load_prompts(args, tokenizer, policy)
+    assert (len(examples), len(held_out)) == (24, 8)
     sampler = reinforce.make_sampler(policy, tokenizer, args)
     torch.manual_seed(0)
     batch, texts = reinforce.sample(sampler, tokenizer, examples[:4], args.temperature)
     assert all(len(reinforce.WORD.findall(text)) > 5 for text in texts)
-    with torch.autocast("cpu", torch.bfloat16):
-        logprobs = reinforce.score_logprobs(policy, batch, args)
+    logprobs = reinforce.score_logprobs(policy, batch, args)
     gap = (reinforce.score_logprobs(sampler, batch, args) - logprobs).abs().sum() / batch["mask"].sum()
     assert 0.02 < gap < 0.06, "the docstring says about 0.04 nats a token"
 
@@ -62,7 +57,7 @@ def test_without_the_wheel_the_hub_is_asked(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
-    with pytest.raises(SystemExit):
+    with pytest.raises(reinforce.InputError, match="^cannot load HuggingFaceTB/SmolLM2-135M-Instruct"):
         reinforce.load(AutoModelForCausalLM, reinforce.Args.model, CPU)
     assert asked == [("HuggingFaceTB/SmolLM2-135M-Instruct", {})]
 

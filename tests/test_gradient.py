@@ -8,8 +8,11 @@ import itertools
 import pytest
 import torch
 from tiny import all_completions, as_batch, exact_logprobs, float64, gradient, llama_config, make_policy
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
 
 import nano_rl.reinforce as reinforce
+import nano_rl.rloo as rloo
 
 V, T, EOS = 5, 3, 1
 PROMPT = [2, 4]
@@ -125,18 +128,31 @@ def test_advantages_by_hand():
     assert advantages_of(torch.ones(3), "none", whiten=True).tolist() == [0, 0, 0]  # equal rewards: zero, not NaN
 
 
+@pytest.mark.parametrize("value", [0.7, 0.1, 1 / 3, -2.3])
+@pytest.mark.parametrize("n", [3, 7, 16])
+def test_equal_rewards_have_an_advantage_of_exactly_zero(value, n):
+    """As `score` returns them: the sum of a few float32 numbers is exact in float64."""
+    rewards, _ = reinforce.score(lambda completions, **_: [value] * n, [{"prompt": ""}] * n, [""] * n)
+    assert rewards.dtype == torch.float64
+    for whiten in (False, True):
+        assert advantages_of(rewards, "mean", whiten=whiten).tolist() == [0] * n
+    assert rloo.compute_advantages(rewards, n).tolist() == [0] * n
+
+
 @pytest.mark.parametrize("max_tokens", [1, 9, 100, 10**6])
 def test_micro_batches_do_not_change_the_gradient(world, max_tokens):
     policy, _, rewards, _, logprobs, temperature = world
     batch, advantages = as_batch(PROMPT, COMPLETIONS, pad=EOS, left=2), rewards - 0.5
     whole = gradient(reinforce.compute_loss(logprobs, advantages, batch["mask"], 85), policy)
     rows_seen, total = [], 0.0
-    for rows, part in reinforce.micro_batches(batch, list(range(85)), max_tokens):
+    columns = {"advantages": advantages, "rows": torch.arange(85)}
+    for part in reinforce.micro_batches(batch | columns, max_tokens):
         assert part["input_ids"].numel() <= max(max_tokens, len(PROMPT) + T)
         assert part["attention_mask"].any(dim=0).all(), "a column of padding was left"
         part_logprobs = reinforce.compute_logprobs(policy, part, temperature)
-        total = total + gradient(reinforce.compute_loss(part_logprobs, advantages[rows], part["mask"], 85), policy)
-        rows_seen += rows
+        loss = reinforce.compute_loss(part_logprobs, part["advantages"], part["mask"], 85)
+        total = total + gradient(loss, policy)
+        rows_seen += part["rows"].tolist()
     assert sorted(rows_seen) == list(range(85))
     torch.testing.assert_close(total, whole, atol=1e-12, rtol=1e-9)
 
@@ -145,3 +161,38 @@ def test_zero_advantages_have_no_gradient(world):
     policy, _, rewards, mask, logprobs, _ = world
     loss = reinforce.compute_loss(logprobs, torch.zeros_like(rewards), mask, 85)
     assert gradient(loss, policy).abs().max() == 0
+
+
+@pytest.mark.parametrize("bfloat16", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("file", [reinforce, rloo], ids=["reinforce", "rloo"])
+def test_an_update_keeps_to_its_device(file, bfloat16, monkeypatch):
+    """On "cuda", without a GPU: fake tensors have shapes, types and devices, and operations that mix devices fail.
+
+    Sampling and micro-batches are not in it, as they need real numbers; nor is the backward pass, as autograd asks
+    the missing driver for a context.
+    """
+    monkeypatch.setattr(file, "has_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    settings = (4,) if file is rloo else ("mean", 0.0, torch.zeros(4), True)
+    completions, dtypes = [[3, 1], [4, 3, 2], [3], [2]], []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            policy = AutoModelForCausalLM.from_config(llama_config(V)).eval()
+        policy.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        advantages = file.compute_advantages(torch.rand(4, dtype=torch.float64), *settings).float()
+        batch = as_batch(PROMPT, completions, pad=EOS) | {"advantages": advantages}
+        batch = {name: tensor.to("cuda") for name, tensor in batch.items()}
+
+        def loss(part):
+            logprobs = file.compute_logprobs(policy, part, 0.7)
+            assert logprobs.device.type == "cuda" and logprobs.dtype == torch.float32
+            return file.compute_loss(logprobs, part["advantages"], part["mask"], 4)
+
+        for rows in (slice(0, 3), slice(3, 4)):
+            total = loss({name: tensor[rows] for name, tensor in batch.items()})
+            assert total.device.type == "cuda" and total.requires_grad
+        assert set(dtypes) == {torch.bfloat16 if bfloat16 else torch.float32}
+        for name in batch:
+            with pytest.raises(RuntimeError, match="device"):
+                loss(batch | {name: batch[name].to("cpu")})

@@ -7,13 +7,14 @@ import peft
 import pytest
 import torch
 from test_run import TINY, read
-from tiny import as_batch, llama_config, make_policy, make_tokenizer
+from tiny import as_batch, llama_config, make_policy
 from transformers import AutoModelForCausalLM
 
 import nano_rl.ppo as ppo
 import nano_rl.reinforce as reinforce
 
 CPU = torch.device("cpu")
+NEW = ("reinforce", "rloo")  # the other files have the shape of before
 
 
 def train(name: str, model: str, folder, **args):
@@ -29,13 +30,18 @@ def logits(model) -> torch.Tensor:
         return model(torch.tensor([[2, 7, 3, 9]])).logits
 
 
+@pytest.mark.parametrize("bfloat16", [True, False], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "remax", "raft", "grpo", "ppo"])
-def test_a_run_saves_the_adapter_and_a_merged_policy(model, tmp_path, name):
+def test_a_run_saves_the_adapter_and_a_merged_policy(model, tmp_path, monkeypatch, name, bfloat16):
+    monkeypatch.setattr(importlib.import_module(f"nano_rl.{name}"), "has_bfloat16", lambda device: bfloat16)
     folder = train(name, model, tmp_path / "run")
     base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (model, folder / "policy"))
-    if reinforce.has_bfloat16(CPU):  # the frozen weights were rounded, and the adapter learnt beside those
+    assert {weight.dtype for weight in merged.parameters()} == {torch.float32}
+    if bfloat16 and name not in NEW:  # the frozen weights were rounded, and the adapter learnt beside those
         for parameter in base.parameters():
             parameter.data = parameter.data.bfloat16().float()
+    if name in NEW:  # in float32, read again
+        assert torch.equal(base.lm_head.weight, merged.lm_head.weight)
     start = logits(base)
     adapted = logits(peft.PeftModel.from_pretrained(base, folder / "adapter"))
     torch.testing.assert_close(logits(merged), adapted, atol=1e-4, rtol=1e-3)
@@ -47,42 +53,58 @@ def test_a_run_saves_the_adapter_and_a_merged_policy(model, tmp_path, name):
 @pytest.mark.parametrize("name", ["reinforce", "ppo"])
 def test_it_resumes(model, tmp_path, name):
     straight = train(name, model, tmp_path / "straight", num_steps=4)
-    folder = train(name, model, tmp_path / "run", save_every=1)
+    folder = train(name, model, tmp_path / "run", **({"save_minutes": 0} if name in NEW else {"save_every": 1}))
     file = importlib.import_module(f"nano_rl.{name}")
     file.train(file.Args(resume=str(folder), num_steps=4))
     assert read(folder)[-1] == read(straight)[-1]
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
-def test_only_the_adapters_are_trained_and_copied(bfloat16, monkeypatch):
+def test_only_the_adapters_are_trained_and_all_is_shared(model, bfloat16, monkeypatch):
     monkeypatch.setattr(reinforce, "has_bfloat16", lambda device: bfloat16)
-    args = reinforce.Args(lora_rank=2)
-    policy = reinforce.add_lora(make_policy(llama_config(25)), args)
-    sampler = reinforce.make_sampler(policy, make_tokenizer(), args)
-    trained, copied = reinforce.trained_weights(policy), reinforce.trained_weights(sampler)
-    assert all("lora_" in name and weight.dtype == torch.float32 for name, weight in trained.items())
-    assert len(trained) == 2 * 7 * 2 and trained.keys() == copied.keys()  # A and B of 7 layers in each of 2 blocks
+    policy, ref_policy, sampler, _ = reinforce.load_policy(reinforce.Args(model=model, lora_rank=2), CPU)
+    assert ref_policy is None
+    weights = dict(policy.named_parameters())
+    trained = {name for name, weight in weights.items() if weight.requires_grad}
+    assert trained == {name for name in weights if "lora_" in name}
+    assert len(trained) == 2 * 7 * 2  # A and B of 7 layers in each of 2 blocks
+    frozen = torch.bfloat16 if bfloat16 else torch.float32
+    assert all(weight.dtype == (torch.float32 if name in trained else frozen) for name, weight in weights.items())
     theirs = dict(sampler.named_parameters())
-    for name, weight in policy.named_parameters():
-        assert (theirs[name].data_ptr() == weight.data_ptr()) == (name not in trained)
-        assert name in trained or weight.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
+    assert weights.keys() == theirs.keys() and all(theirs[name] is weights[name] for name in weights)
+    assert sampler.generation_config.max_new_tokens == 64 and policy.generation_config.max_new_tokens is None
+    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    sampler.load_state_dict(policy.state_dict())
+    assert all(torch.equal(before[name], weight) for name, weight in policy.state_dict().items())
 
 
-def test_the_reference_is_the_policy_with_its_adapters_off():
-    args = reinforce.Args(lora_rank=2)
-    policy = reinforce.add_lora(make_policy(llama_config(25)), args)
-    sampler = reinforce.make_sampler(policy, make_tokenizer(), args)
-    ref_weights = {name: weight.clone() for name, weight in reinforce.trained_weights(sampler).items()}
-    for weight in reinforce.trained_weights(policy).values():
-        weight.normal_()
+def test_adapters_are_the_same_in_every_process(model):
+    """Whatever was drawn before; another seed has others."""
+
+    def adapters(seed):
+        policy, *_ = reinforce.load_policy(reinforce.Args(model=model, lora_rank=2, seed=seed), CPU)
+        return [weight.detach() for weight in policy.parameters() if weight.requires_grad]
+
+    torch.manual_seed(1)
+    first = adapters(0)
+    torch.manual_seed(2)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, adapters(0), strict=True))
+    assert not all(torch.equal(ours, theirs) for ours, theirs in zip(first, adapters(1), strict=True))
+
+
+def test_the_reference_is_the_policy_with_its_adapters_off(model):
+    args = reinforce.Args(model=model, lora_rank=2)
+    policy, ref_policy, _, _ = reinforce.load_policy(args, CPU)
     batch = as_batch([2, 7], [[3, 1], [4, 5, 6]], pad=1)
-    sampler.load_state_dict(reinforce.trained_weights(policy), strict=False)
-    moved = reinforce.score_logprobs(sampler, batch, args)
-    sampler.load_state_dict(ref_weights, strict=False)
-    ours = reinforce.score_logprobs(sampler, batch, args)
-    with sampler.disable_adapter():
-        off = reinforce.score_logprobs(sampler, batch, args)
-    assert torch.equal(ours, off) and not torch.allclose(ours, moved, atol=0.1)
+    start = reinforce.score_logprobs(policy, batch, args)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            if weight.requires_grad:
+                weight.normal_()
+    moved = reinforce.score_logprobs(policy, batch, args)
+    assert torch.equal(reinforce.score_ref_logprobs(policy, ref_policy, batch, args), start)
+    assert not torch.allclose(start, moved, atol=0.1)
+    assert torch.equal(reinforce.score_logprobs(policy, batch, args), moved), "they are on again"
 
 
 def test_the_value_model_has_adapters_and_a_head_of_its_own():
@@ -97,7 +119,9 @@ def test_the_value_model_has_adapters_and_a_head_of_its_own():
 
 def test_without_peft_one_line_says_what_to_install(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SystemExit, match="^--lora-rank needs peft: pip install peft, or here uv run --extra lora"):
+    with pytest.raises(
+        reinforce.InputError, match="^--lora-rank needs peft: pip install peft, or here uv run --extra lora"
+    ):
         train("reinforce", model, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

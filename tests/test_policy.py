@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from test_run import TINY
 from tiny import (
     all_completions,
     as_batch,
@@ -41,8 +42,17 @@ def gemma_config(_) -> Gemma2Config:
     return Gemma2Config(head_dim=8, final_logit_softcapping=2.0, sliding_window=4, **SMALL)
 
 
+has_bfloat16 = reinforce.has_bfloat16
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """The same arithmetic on all hardware; `bfloat16` below is the exception."""
+    monkeypatch.setattr(reinforce, "has_bfloat16", lambda device: False)
+
+
 @pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
-def bfloat16(request, monkeypatch) -> bool:
+def bfloat16(request, monkeypatch, float32) -> bool:
     """On either kind of hardware, both kinds of sampler."""
     monkeypatch.setattr(reinforce, "has_bfloat16", lambda device: request.param)
     return request.param
@@ -91,14 +101,21 @@ def test_whole_batch_logprobs_do_not_depend_on_micro_batches():
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
 
 
-def test_micro_batches_share_their_rows_evenly():
-    """The longest first, none above the limit unless alone, and no small rest, as memory is that of the largest."""
-    batch = as_batch([2, 7], [[3] * 8] * 16 + [[3]] * 3, pad=1)
-    parts = list(reinforce.micro_batches(batch, list(range(19)), 50))
-    assert [rows for rows, _ in parts][:4] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14], [15, 16, 17, 18]]
-    parts = list(reinforce.micro_batches(batch, list(range(16)), 50))
-    assert [len(rows) for rows, _ in parts] == [4, 4, 4, 4]
-    assert [len(rows) for rows, _ in reinforce.micro_batches(batch, [0, 1], 5)] == [1, 1]
+def test_micro_batches_are_sorted_and_cut():
+    """The longest first, none above the limit unless alone; what has a row of its own goes with it."""
+    batch = as_batch([2, 7], [[3]] * 3 + [[3] * 8] * 16, pad=1)
+    batch |= {"rows": torch.arange(19), "terminated": torch.arange(19) % 2 == 0}
+    parts = list(reinforce.micro_batches(batch, 50))
+    rows = [part["rows"].tolist() for part in parts]
+    assert rows == [[3, 4, 5, 6, 7], [8, 9, 10, 11, 12], [13, 14, 15, 16, 17], [18, 0, 1, 2]]
+    for part in parts:
+        assert torch.equal(part["terminated"], part["rows"] % 2 == 0)
+        assert part["input_ids"].shape == part["attention_mask"].shape == (len(part["rows"]), 10)
+        assert torch.equal(part["mask"], batch["mask"][part["rows"]])
+    short = {name: tensor[:3] for name, tensor in batch.items()}
+    (part,) = reinforce.micro_batches(short, 9)
+    assert part["input_ids"].tolist() == [[2, 7, 3]] * 3 and part["mask"].tolist() == [[1]] * 3
+    assert [part["rows"].tolist() for part in reinforce.micro_batches(batch, 5)][:2] == [[3], [4]]
 
 
 @pytest.mark.parametrize("config", [llama_config, gpt2_config, gemma_config])
@@ -152,14 +169,15 @@ def test_mask_includes_the_first_stop_and_nothing_after_it():
 
 
 def test_samples_follow_the_softmax_whatever_the_model_came_with(bfloat16):
-    """A model that ships top_k, top_p, min_p and a repetition penalty is sampled from π_θ all the same (pitfall 3)."""
+    """A model that ships top_k, min_p, suppressed tokens and so on is sampled from π_θ all the same (pitfall 3)."""
     policy, tokenizer = make_policy(llama_config(60, initializer_range=0.2)), make_tokenizer()
-    policy.generation_config = GenerationConfig(do_sample=True, top_k=3, top_p=0.5, min_p=0.2, repetition_penalty=3.0)
+    options = dict(do_sample=True, top_k=3, top_p=0.5, min_p=0.2, repetition_penalty=3.0, suppress_tokens=[7, 8, 9])
+    policy.generation_config = GenerationConfig(**options)
     sampler = reinforce.make_sampler(policy, tokenizer, reinforce.Args(max_new_tokens=1))
     torch.manual_seed(0)
     batch, _ = reinforce.sample(sampler, tokenizer, make_examples(*[[5, 6, 5]] * 20_000), 0.7)
     counts = torch.bincount(batch["input_ids"][:, -1], minlength=60).double()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         expected = 20_000 * (sampler(torch.tensor([[5, 6, 5]])).logits[0, -1].double() / 0.7).softmax(dim=0)
     assert (counts > 0).sum() > 50
     chi2 = ((counts - expected) ** 2 / expected).sum().item()
@@ -187,9 +205,9 @@ def test_bfloat16_is_used_where_the_processor_has_it(names, monkeypatch):
     """Emulated, it is three times slower than float32."""
     capabilities = {"avx512_bf16": False, "amx_bf16": False} | dict.fromkeys(names, True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert reinforce.has_bfloat16(CPU) == any("bf16" in name for name in names)
+    assert has_bfloat16(CPU) == any("bf16" in name for name in names)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not reinforce.has_bfloat16(CPU)
+    assert not has_bfloat16(CPU)
 
 
 def test_dropout_is_off(tmp_path):
@@ -207,8 +225,10 @@ def test_bfloat16_logits_are_scored_in_float32():
     logits = (torch.randn(2, 4, 50_000, generator=torch.Generator().manual_seed(0)) * 4).bfloat16()
 
     class Stub(torch.nn.Module):
+        device = CPU
+
         def forward(self, logits_to_keep, **_):
-            return type("Output", (), {"logits": logits[:, logits_to_keep - 1]})
+            return type("Output", (), {"logits": logits[:, -logits_to_keep:]})
 
     batch = as_batch([2, 7], [[3, 1, 9], [4, 5, 6]], pad=1)
     ours = reinforce.compute_logprobs(Stub(), batch, 0.7)
@@ -242,26 +262,7 @@ def test_generation_uses_the_cache():
 
 
 @pytest.mark.parametrize("config", [llama_config, gpt2_config, gemma_config])
-@pytest.mark.parametrize("prompts", [([3, 5, 7], [4, 8]), ([3], [4])], ids=["padded", "one token"])
-def test_a_group_shares_the_pass_over_its_prompt(config, prompts):
-    """The same draws, to the last token, as where every row reads its own prompt."""
-    _, sampler = make_sampler(config(25), double=True, max_new_tokens=8)
-    examples, shapes, batches = [row for row in make_examples(*prompts) for _ in range(4)], [], []
-    sampler.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    for group_size in (1, 4):
-        shapes.clear()
-        torch.manual_seed(0)
-        batches.append(reinforce.sample(sampler, make_tokenizer(), examples, 1.0, group_size)[0])
-    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
-    assert len(batches[0]["input_ids"].unique(dim=0)) > 4
-    assert shapes[:2] == ([(2, 2), (8, 1)] if len(prompts[0]) > 1 else [(8, 1), (8, 1)])
-
-
-@pytest.mark.parametrize("config", [llama_config, gpt2_config, gemma_config])
-@pytest.mark.parametrize("group_size", [1, 4])
-def test_a_static_cache_samples_the_same(config, group_size):
+def test_a_static_cache_samples_the_same(config):
     """Over two lengths of prompts: the second call reuses what the first one left."""
     batches = []
     for static_cache in (True, False):
@@ -270,7 +271,7 @@ def test_a_static_cache_samples_the_same(config, group_size):
         for prompts in ([3, 5, 7], [4, 8]), ([4, 8], [9]):
             examples = [row for row in make_examples(*prompts) for _ in range(4)]
             torch.manual_seed(0)
-            batches.append(reinforce.sample(sampler, make_tokenizer(), examples, 1.0, group_size)[0])
+            batches.append(reinforce.sample(sampler, make_tokenizer(), examples, 1.0)[0])
     for static, dynamic in zip(batches[:2], batches[2:], strict=True):
         assert all(torch.equal(static[name], dynamic[name]) for name in dynamic)
 
@@ -298,7 +299,8 @@ def test_a_chat_template_brings_its_own_bos():
     tokenizer._tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 2)])
     tokenizer.chat_template = "<unk> " + tokenizer.chat_template
     for chat in (True, False):
-        examples = reinforce.load_prompts(reinforce.Args(chat_template=chat, max_new_tokens=8), tokenizer, 64)
+        args = reinforce.Args(chat_template=chat, max_new_tokens=8)
+        examples, _ = reinforce.load_prompts(args, tokenizer, make_policy(llama_config(25)))
         ids = tokenizer("the sea").input_ids
         assert ids[0] == 2
         prompt_ids = examples[0]["prompt_ids"]
@@ -332,7 +334,7 @@ def test_reward_model_scores_one_text_at_a_time(tmp_path, num_labels, chat):
 
 def test_lexical_richness():
     def reward(text, penalty=0.0):
-        return reinforce.lexical_richness([text], min_words=10, penalty=penalty)[0]
+        return reinforce.lexical_richness([text], penalty=penalty)[0]
 
     assert reward("The cat saw the dog") == pytest.approx(4 / 5)  # case-folded
     assert reward("don't don’t Straße STRASSE café") == pytest.approx(4 / 5)
@@ -340,8 +342,9 @@ def test_lexical_richness():
     assert reward("") == reward("... !") == 0
     assert reward([{"role": "assistant", "content": "the cat the dog"}]) == 3 / 4  # the answer to a conversation
     assert reward("", penalty=0.5) == -0.5
-    assert reward("one two three four five", penalty=0.5) == pytest.approx(1 - 0.5 * 0.5)
-    assert reward("a b c d e f g h i j k", penalty=0.5) == 1
+    assert reinforce.MIN_WORDS == 64 / 3
+    assert reward("one two three four five six seven eight", penalty=0.5) == pytest.approx(1 - 0.5 * (1 - 24 / 64))
+    assert reward("a b c d e f g h i j k l m n o p q r s t u v", penalty=0.5) == 1
 
 
 def test_prompts_and_columns(tmp_path):
@@ -353,19 +356,68 @@ def test_prompts_and_columns(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = make_tokenizer()
-    examples = reinforce.load_prompts(reinforce.Args(prompts=str(file), max_new_tokens=8), tokenizer, 64)
+    args = reinforce.Args(prompts=str(file), max_new_tokens=8)
+    train, held_out = reinforce.load_prompts(args, tokenizer, make_policy(llama_config(25)))
+    assert (len(train), len(held_out)) == (1, 2)
+    examples = train + held_out
     assert tokenizer.decode(examples[1]["prompt_ids"]) == "<user> the sun <assistant>"
     seen = {}
 
     def reward_fn(prompts, completions, **columns):
         seen.update(prompts=prompts, completions=completions, **columns)
-        return [0, 1.5, -2]
+        return [0, (1.5, 0.25), -2]
 
-    rewards = reinforce.score(reward_fn, examples, ["x", "y", "z"])
-    assert rewards.tolist() == [0, 1.5, -2]
+    rewards, deviations = reinforce.score(reward_fn, examples, ["x", "y", "z"])
+    assert rewards.tolist() == [0, 1.5, -2] and deviations.tolist() == [0, 0.25, 0]
+    assert rewards.dtype == torch.float64
     assert seen == {
         "prompts": [row.get("prompt", "a stone") for row in rows],
         "completions": ["x", [{"role": "assistant", "content": "y"}], "z"],  # a conversation is answered by a message
         "answer": [1, 2, None],
         "question": [None, None, "a stone"],
     }
+
+
+@pytest.mark.parametrize("config", [llama_config, gpt2_config, gemma_config])
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_equal_weights_have_a_kl_of_exactly_zero(tmp_path, bfloat16, config, lora_rank):
+    """The reference rounds nothing that autocast does not round in the policy."""
+    args = reinforce.Args(model=save_policy(tmp_path / "model", config(25)), lora_rank=lora_rank)
+    policy, ref_policy, _, _ = reinforce.load_policy(args, CPU)
+    assert (ref_policy is None) == bool(lora_rank)
+    batch = as_batch([2, 7], [[3, 4, 1], [5, 8, 9]], pad=0, left=2)
+    logprobs = reinforce.score_logprobs(policy, batch, args)
+    assert torch.equal(logprobs, reinforce.score_ref_logprobs(policy, ref_policy, batch, args))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0)
+    moved = reinforce.score_logprobs(policy, batch, args)
+    assert (moved - reinforce.score_ref_logprobs(policy, ref_policy, batch, args)).abs().max() > 1e-3
+    assert torch.equal(logprobs, reinforce.score_ref_logprobs(policy, ref_policy, batch, args))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_reference_is_rounded_where_autocast_rounds(tmp_path, bfloat16, tied):
+    args = reinforce.Args(model=save_policy(tmp_path / "model", llama_config(25, tie_word_embeddings=tied)))
+    policy, ref_policy, _, _ = reinforce.load_policy(args, CPU)
+    rounded = {name for name, weight in ref_policy.named_parameters() if weight.dtype == torch.bfloat16}
+    linear = {name for name, _ in policy.named_parameters() if "_proj" in name}
+    assert rounded == (linear if bfloat16 else set()) and len(linear) == 14
+    assert not any(weight.requires_grad for weight in ref_policy.parameters())
+    assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
+    ours, theirs = ({weight.data_ptr() for weight in model.parameters()} for model in (policy, ref_policy))
+    assert not ours & theirs
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_saved_policy_has_the_generation_config_that_it_came_with(tmp_path, lora_rank):
+    name = save_policy(tmp_path / "model")
+    options = dict(do_sample=True, min_p=0.2, repetition_penalty=3.0, suppress_tokens=[7, 8], eos_token_id=[1, 9])
+    GenerationConfig(**options).save_pretrained(name)
+    args = reinforce.Args(
+        model=name, output_dir=str(tmp_path / "run"), lora_rank=lora_rank, **(TINY | {"num_steps": 1})
+    )
+    folder = reinforce.train(args)
+    came, saved = (GenerationConfig.from_pretrained(path).to_dict() for path in (name, folder / "policy"))
+    assert {key: saved[key] for key in options} == options
+    assert saved | {"_from_model_config": None} == came | {"_from_model_config": None}

@@ -55,9 +55,7 @@ def folder(model, tmp_path_factory) -> Path:
     for name in "ppo", "gsm8k":
         save_policy(folder / f"runs/{name}/policy")
     run = str(folder / "runs/now-reinforce")
-    reinforce.train(
-        reinforce.Args(model=model, output_dir=run, save_every=1, **{n: SMALL[n] for n in small(reinforce)})
-    )
+    reinforce.train(reinforce.Args(model=model, output_dir=run, **{n: SMALL[n] for n in small(reinforce)}))
     return folder
 
 

@@ -51,9 +51,9 @@ def test_an_uncertain_score_counts_less(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("num_labels", [0, 1])
 def test_the_penalty_needs_a_distribution(model, tmp_path, num_labels):
-    reward_model = save_reward_model(tmp_path / "reward") if num_labels else None
+    reward_model = save_reward_model(tmp_path / "reward") if num_labels else ""
     args = TINY | {"uncertainty_penalty": True, "reward_model": reward_model}
-    with pytest.raises(SystemExit, match="--uncertainty-penalty needs a --reward-model with several labels"):
+    with pytest.raises(reinforce.InputError, match="--uncertainty-penalty needs a --reward-model with several labels"):
         reinforce.train(reinforce.Args(model=model, output_dir=str(tmp_path / "run"), **args))
     assert not (tmp_path / "run").exists()
 

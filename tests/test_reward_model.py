@@ -15,7 +15,7 @@ from tiny import WORDS, gpt2_config, llama_config, make_policy, make_tokenizer, 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import nano_rl.reward_model as rm
-from nano_rl import reinforce
+from nano_rl import reinforce, remax
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(rows_per_step=4, num_steps=3, learning_rate=1e-3, max_length=60)
@@ -747,7 +747,7 @@ def test_two_runs_that_start_at_once_in_one_folder(model, tmp_path, monkeypatch)
 
 def test_resume_of_another_files_run(model, tmp_path):
     args = dict(model=model, batch_size=4, num_steps=1, max_new_tokens=8, save_every=1)
-    folder = reinforce.train(reinforce.Args(output_dir=str(tmp_path / "rl"), **args))
+    folder = remax.train(remax.Args(output_dir=str(tmp_path / "rl"), **args))
     with pytest.raises(SystemExit) as error:
         rm.train(rm.Args(resume=str(folder)))
     assert "the run of another algorithm" in error.value.code

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CHAT_TEMPLATE, WORDS, gpt2_config, llama_config, make_tokenizer, save_policy
+from tiny import CHAT_TEMPLATE, WORDS, gpt2_config, llama_config, make_policy, make_tokenizer, save_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from nano_rl import reinforce, sft
+from nano_rl import reinforce, remax, sft
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(batch_size=4, num_steps=3, learning_rate=1e-3, max_length=60)
@@ -150,7 +150,8 @@ def test_only_completion_tokens_have_a_gradient(model):
 def test_the_prompt_is_that_of_reinforcement_learning(tmp_path, chat, prompt):
     tokenizer = make_tokenizer(chat=chat)
     file = write(tmp_path / "prompts.jsonl", [{"prompt": prompt}] * 3)
-    example = reinforce.load_prompts(reinforce.Args(prompts=file, max_new_tokens=8), tokenizer, context=64)[0]
+    policy = make_policy(llama_config(len(tokenizer)))
+    (example, *_), _ = reinforce.load_prompts(reinforce.Args(prompts=file, max_new_tokens=8), tokenizer, policy)
     assert build({"prompt": prompt, "completion": "of stone"}, tokenizer)["ids"][0] == example["prompt_ids"]
 
 
@@ -480,7 +481,7 @@ def test_two_runs_that_start_at_once_in_one_folder(model, tmp_path, monkeypatch)
 
 def test_resume_of_another_files_run(model, tmp_path):
     args = dict(model=model, batch_size=4, num_steps=1, max_new_tokens=8, save_every=1)
-    folder = reinforce.train(reinforce.Args(output_dir=str(tmp_path / "rl"), **args))
+    folder = remax.train(remax.Args(output_dir=str(tmp_path / "rl"), **args))
     with pytest.raises(SystemExit) as error:
         sft.train(sft.Args(resume=str(folder)))
     assert "the run of another algorithm" in error.value.code

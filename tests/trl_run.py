@@ -27,7 +27,7 @@ class Args:
     output_dir: Path
     model: str = rloo.Args.model
     seed: int = 0
-    num_steps: int = rloo.Args.num_steps
+    num_steps: int = 15
     max_new_tokens: int = rloo.Args.max_new_tokens
     eval_every: int = rloo.Args.eval_every
 
@@ -84,20 +84,21 @@ def main(args: Args) -> None:
     ours = rloo.Args(
         model=args.model, seed=args.seed, max_new_tokens=args.max_new_tokens, output_dir=str(args.output_dir)
     )
-    policy, tokenizer = rloo.load(transformers.AutoModelForCausalLM, args.model, torch.device("cpu"))
-    examples = rloo.load_prompts(ours, tokenizer, policy.config.max_position_embeddings)
-    num_held_out = max(2, min(32, len(examples) // 4))
-    sampler = rloo.make_sampler(policy, tokenizer, ours)
-    ref_weights = {name: weight.clone() for name, weight in rloo.trained_weights(sampler).items()}
+    run = rloo.Run(ours)
+    policy, ref_policy, sampler, tokenizer = rloo.load_policy(ours, run.device)
+    examples, held_out = rloo.load_prompts(ours, tokenizer, policy)
     policy.set_attn_implementation("sdpa")  # transformers' default, which TRL's user gets; `load` may choose another
-    reward_fn = rloo.load_reward_fn(ours, policy.device)
+    reward_fn = rloo.load_reward_fn(ours, run.device)
     args.output_dir.mkdir(parents=True)
     (args.output_dir / "config.json").write_text(json.dumps(asdict(args) | {"output_dir": str(args.output_dir)}))
 
     def evaluate(step: int) -> None:
+        policy.eval()  # the trainer calls train() in every step
+        policy.set_attn_implementation(ref_policy.config._attn_implementation)  # equal weights have a KL of 0
         with torch.random.fork_rng():  # TRL's draws go on as if there were no evaluation
-            held_out = examples[-num_held_out:]
-            metrics, rows = rloo.evaluate(policy, sampler, ref_weights, tokenizer, held_out, reward_fn, ours)
+            metrics, rows = rloo.evaluate(run, policy, ref_policy, sampler, tokenizer, held_out, reward_fn)
+        policy.set_attn_implementation("sdpa")
+        metrics = {name: value.item() for name, value in metrics.items() if value is not None}
         for name, lines in ("metrics.jsonl", [metrics]), ("completions.jsonl", rows):
             with open(args.output_dir / name, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step} | line, ensure_ascii=False) + "\n" for line in lines)
@@ -109,7 +110,7 @@ def main(args: Args) -> None:
         args.algorithm,
         policy,
         tokenizer,
-        [example["prompt"] for example in examples[:-num_held_out]],
+        [example["prompt"] for example in examples],
         reward,
         Evaluations(evaluate, args.eval_every, args.num_steps),
         output_dir=str(args.output_dir / "trl"),
