@@ -8,7 +8,7 @@ language models: a whole completion y is one action of the policy π_θ, so its 
     L   = -1/N Σ_i A_i Σ_t log π_θ(y_i,t)                    loss; R and A are constants in it                (3)
 
 r_i is the reward of completion y_i of prompt x_i, β is --kl-coef, π_ref is π_θ before training. R_i holds θ, yet its
-own gradient would add nothing: E[∇ log π_θ(y)] = 0. So a baseline that does not depend on y_i costs no bias, either.
+own gradient adds nothing on average: E[∇ log π_θ(y)] = 0. So neither does b · ∇ log π_θ(y_i), if b does not know y_i.
 
     --baseline none   b = 0                        unbiased, but noisy: all are pushed up, the better ones harder
     --baseline mean   b = 1/N Σ_j R_j              holds R_i itself: in expectation (1 - 1/N) of the true gradient
@@ -27,7 +27,7 @@ V words of vocabulary. π is at --temperature everywhere: in sampling, in traini
 Differs from the papers:
     1. The gradient is scaled down to --max-grad-norm before Adam takes its step.
     2. A completion cut off at --max-new-tokens is scored and trained like any other.
-    3. A copy of π_θ samples, rounded to bfloat16 where the hardware has it: about 0.04 nats a token, not corrected.
+    3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
     4. The moving average starts at the held-out reward; Ahmadian et al. average all past rewards.
     5. --whiten-advantages and --uncertainty-penalty scale A: L has another gradient then than that of E[R].
 
@@ -84,7 +84,7 @@ class Args:  # a flag's comment is its --help
     # Training
     batch_size: int = 16  # completions a step, in each process (n)
     num_steps: int = 0  # steps of sampling and updating; 0: 15 or, with --resume, as many as that run was to have
-    max_new_tokens: int = 64  # tokens of the longest completion (T)
+    max_new_tokens: int = 64  # most tokens of a completion (T)
     temperature: float = 0.7  # of the policy, when it samples and when it is trained
     learning_rate: float = 8e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
@@ -124,8 +124,8 @@ def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: f
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "position_ids": position_ids}
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=has_bfloat16(policy.device)):
         logits = policy(**inputs, logits_to_keep=num_tokens + 1, use_cache=False).logits  # (n, T + 1, V)
-    logits = logits[:, :-1]  # (n, T, V), those before each token; in float32, as bfloat16 has 3 digits:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits[:, :-1]  # (n, T, V), those before each token
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # softmax in float32
     completion_ids = batch["input_ids"][:, -num_tokens:]  # (n, T)
     logprobs = -F.cross_entropy(logits.flatten(0, 1), completion_ids.flatten(), reduction="none")  # (n T,)
     return logprobs.view_as(completion_ids) * batch["mask"]
@@ -135,7 +135,7 @@ def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: f
 def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
     """Trains, on the rewards of `reward_fn` where one is given, and returns the folder of the run."""
     run = Run(args)
-    args = run.args  # with --resume, those of that run
+    args = run.args  # complete; with --resume, those of that run
     num_completions = run.num_processes * args.batch_size  # N
     if num_completions == 1 and (args.baseline == "mean" or args.whiten_advantages):
         raise InputError("--batch-size 1: --baseline mean and --whiten-advantages need two completions or more")
@@ -163,7 +163,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         if args.baseline == "scst":
             _, greedy_completions = sample(sampler, tokenizer, examples, temperature=0.0)
             greedy_rewards, _ = score(reward_fn, examples, greedy_completions)
-        kl = torch.zeros(batch["mask"].shape, device=run.device)  # (n, T), log π_θ - log π_ref
+        kl = torch.zeros(batch["mask"].shape, device=run.device)  # (n, T), log π_θ - log π_ref, without gradient
         if args.kl_coef:
             kl = score_logprobs(policy, batch, args) - score_ref_logprobs(policy, ref_policy, batch, args)
         kl_rewards = rewards - args.kl_coef * kl.sum(dim=1).cpu()  # (n,), (1)
@@ -200,7 +200,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         }
         samples = as_rows("train", examples, completions, rewards)
         if step == args.num_steps or args.eval_every and step % args.eval_every == 0:
-            eval_metrics, eval_samples = evaluation()
+            eval_metrics, eval_samples = evaluation()  # of the updated policy
             metrics |= eval_metrics
             samples += eval_samples
         run.log(step, metrics, samples)
@@ -259,8 +259,8 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
     """A copy that does nothing but sample; with LoRA the weights are the policy's own."""
     sampler = copy.copy(policy) if args.lora_rank else copy.deepcopy(policy)
     for weight in sampler.parameters():
-        if has_bfloat16(policy.device) and not args.lora_rank:
-            weight.data = weight.data.bfloat16()  # 4.6 s for 16 x 64 tokens; under autocast alone 6.4
+        if has_bfloat16(policy.device):  # as LoRA's frozen weights are already
+            weight.data = weight.data if args.lora_rank else weight.data.bfloat16()  # 4.6 s a step for autocast's 6.4
         elif weight.dim() == 2 and not (args.lora_rank and weight.requires_grad):
             weight.data = weight.data.t().contiguous().t()  # by columns, as MKL likes it: 12.6 s for 18.5 in float32
     ids = policy.generation_config.eos_token_id  # chat models often have more than the tokenizer's one

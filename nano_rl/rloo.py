@@ -9,7 +9,7 @@ prompt is, but nothing of the completion that they are compared with.
     L   = -1/N Σ_i A_i Σ_t log π_θ(y_i,t)                    loss; R and A are constants in it                (3)
 
 r_i is the reward of completion y_i of prompt x_i, β is --kl-coef, π_ref is π_θ before training. R_i holds θ, yet its
-own gradient would add nothing: E[∇ log π_θ(y)] = 0. So a baseline that does not depend on y_i costs no bias, either.
+own gradient adds nothing on average: E[∇ log π_θ(y)] = 0. So neither does b · ∇ log π_θ(y_i), if b does not know y_i.
 A group with R = 1, 0, 0, 0 has A = 1, -1/3, -1/3, -1/3; one with equal R has A = 0, and no gradient.
 
 B prompts a step with G completions of each make N = B·G over all processes, n of them in one process or micro-batch;
@@ -27,7 +27,7 @@ Adds to REINFORCE: groups, and a baseline for each completion from its own group
 Differs from the paper:
     1. The gradient is scaled down to --max-grad-norm before Adam takes its step.
     2. A completion cut off at --max-new-tokens is scored and trained like any other.
-    3. A copy of π_θ samples, rounded to bfloat16 where the hardware has it: about 0.04 nats a token, not corrected.
+    3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
 
 Run: uv run -m nano_rl.rloo
 """
@@ -79,7 +79,7 @@ class Args:  # a flag's comment is its --help
     # Training
     batch_size: int = 16  # completions a step, in each process (n)
     num_steps: int = 0  # steps of sampling and updating; 0: 15 or, with --resume, as many as that run was to have
-    max_new_tokens: int = 64  # tokens of the longest completion (T)
+    max_new_tokens: int = 64  # most tokens of a completion (T)
     temperature: float = 0.7  # of the policy, when it samples and when it is trained
     learning_rate: float = 8e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
@@ -98,8 +98,8 @@ class Args:  # a flag's comment is its --help
 # ---- The algorithm --------------------------------------------------------------------------------------------------
 def compute_advantages(kl_rewards: Tensor, group_size: int) -> Tensor:
     """(2): rewards R and advantages A are (n,), the G completions of a prompt side by side."""
-    groups = kl_rewards.view(-1, group_size)  # (B, G)
-    baseline = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)  # (B, G), the mean of the others
+    groups = kl_rewards.view(-1, group_size)  # (n / G, G)
+    baseline = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)  # (n / G, G), the mean of the others
     advantages = groups - baseline  # (2)
     return advantages.flatten()  # (n,)
 
@@ -117,8 +117,8 @@ def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: f
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "position_ids": position_ids}
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=has_bfloat16(policy.device)):
         logits = policy(**inputs, logits_to_keep=num_tokens + 1, use_cache=False).logits  # (n, T + 1, V)
-    logits = logits[:, :-1]  # (n, T, V), those before each token; in float32, as bfloat16 has 3 digits:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits[:, :-1]  # (n, T, V), those before each token
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # softmax in float32
     completion_ids = batch["input_ids"][:, -num_tokens:]  # (n, T)
     logprobs = -F.cross_entropy(logits.flatten(0, 1), completion_ids.flatten(), reduction="none")  # (n T,)
     return logprobs.view_as(completion_ids) * batch["mask"]
@@ -128,7 +128,7 @@ def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: f
 def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
     """Trains, on the rewards of `reward_fn` where one is given, and returns the folder of the run."""
     run = Run(args)
-    args = run.args  # with --resume, those of that run
+    args = run.args  # complete; with --resume, those of that run
     num_completions = run.num_processes * args.batch_size  # N
     if args.group_size < 2 or args.batch_size % args.group_size:
         raise InputError(f"--group-size {args.group_size}: must be 2 or more and divide --batch-size {args.batch_size}")
@@ -152,7 +152,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
 
         # 2. score
         rewards, _ = score(reward_fn, examples, completions)  # (n,)
-        kl = torch.zeros(batch["mask"].shape, device=run.device)  # (n, T), log π_θ - log π_ref
+        kl = torch.zeros(batch["mask"].shape, device=run.device)  # (n, T), log π_θ - log π_ref, without gradient
         if args.kl_coef:
             kl = score_logprobs(policy, batch, args) - score_ref_logprobs(policy, ref_policy, batch, args)
         kl_rewards = rewards - args.kl_coef * kl.sum(dim=1).cpu()  # (n,), (1)
@@ -172,7 +172,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         optimizer.step()
         optimizer.zero_grad()
 
-        groups = rewards.view(-1, args.group_size)  # (B, G)
+        groups = rewards.view(-1, args.group_size)  # (n / G, G)
         metrics = {  # the mean of each over all processes is logged
             "reward": rewards,
             "reward_std": run.gather(rewards).std(correction=0),
@@ -185,7 +185,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         }
         samples = as_rows("train", examples, completions, rewards)
         if step == args.num_steps or args.eval_every and step % args.eval_every == 0:
-            eval_metrics, eval_samples = evaluation()
+            eval_metrics, eval_samples = evaluation()  # of the updated policy
             metrics |= eval_metrics
             samples += eval_samples
         run.log(step, metrics, samples)
@@ -244,8 +244,8 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
     """A copy that does nothing but sample; with LoRA the weights are the policy's own."""
     sampler = copy.copy(policy) if args.lora_rank else copy.deepcopy(policy)
     for weight in sampler.parameters():
-        if has_bfloat16(policy.device) and not args.lora_rank:
-            weight.data = weight.data.bfloat16()  # 4.6 s for 16 x 64 tokens; under autocast alone 6.4
+        if has_bfloat16(policy.device):  # as LoRA's frozen weights are already
+            weight.data = weight.data if args.lora_rank else weight.data.bfloat16()  # 4.6 s a step for autocast's 6.4
         elif weight.dim() == 2 and not (args.lora_rank and weight.requires_grad):
             weight.data = weight.data.t().contiguous().t()  # by columns, as MKL likes it: 12.6 s for 18.5 in float32
     ids = policy.generation_config.eos_token_id  # chat models often have more than the tokenizer's one

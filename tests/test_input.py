@@ -66,13 +66,10 @@ def test_a_model_that_is_not_there(tmp_path):
 
 def test_a_failed_start_leaves_no_trace(model, tmp_path):
     """Whatever is wrong, it is said before the folder is made."""
-    for wrong in (
-        {"model": "no-one/none"},
-        {"prompts": "none.jsonl"},
-        {"reward_fn": "none:f"},
-        {"reward_model": model},
-    ):
-        refused(wrong.pop("model", model), tmp_path, **wrong)
+    wrong = [("model", "none/none"), ("prompts", "none.jsonl"), ("reward_fn", "none:f"), ("reward_model", model)]
+    for name, value in wrong:
+        with pytest.raises(reinforce.InputError):
+            reinforce.train(reinforce.Args(**{"model": model, "output_dir": str(tmp_path / "run"), name: value}))
         assert not (tmp_path / "run").exists()
 
 

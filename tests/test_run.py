@@ -597,8 +597,8 @@ import nano_rl.reinforce as reinforce
 
 number, target = getattr(signal, sys.argv.pop(1)), sys.argv.pop(1)
 
-def reward(completions, **_):  # in the first step
-    if len(completions) == 4 and not os.path.exists("sent") and os.environ["RANK"] == "1":
+def reward(completions, **_):  # in a step: before the first there is nothing to save
+    if os.path.exists("run/metrics.jsonl") and not os.path.exists("sent") and os.environ["RANK"] == "1":
         open("sent", "w").close()
         os.kill(os.getppid() if target == "torchrun" else os.getpid(), number)
     return [0.1 * len(text) for text in completions]
@@ -616,8 +616,7 @@ def test_a_signal_stops_all_processes_after_the_same_step(model, tmp_path, numbe
     """Sent to one of them, or to torchrun, which passes it on."""
     (tmp_path / "stopped.py").write_text(STOPPED)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = flags(model=model, output_dir="run", **(TINY | {"num_steps": 100, "batch_size": 4}))
-    (tmp_path / "held_out.jsonl").write_text('{"prompt": "the sea"}\n' * 2)
+    words = flags(model=model, output_dir="run", **(TINY | {"num_steps": 100, "eval_every": 0}))
     command = [sys.executable, *launch, "stopped.py", number, target, *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     stopped = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
@@ -633,8 +632,8 @@ def test_a_copied_file_trains_stops_at_ctrl_c_and_resumes(model, tmp_path, file)
     shutil.copy(file.__file__, tmp_path)
     (tmp_path / ".env").write_text("PROBE=0.5\n")
     (tmp_path / "probe.py").write_text(
-        "import os, signal\n\ndef reward(prompts, completions, **columns):\n"
-        "    if os.path.exists('runs') and not os.path.exists('pressed'):  # in the first step\n"
+        "import glob, os, signal\n\ndef reward(prompts, completions, **columns):\n"
+        "    if glob.glob('runs/*/metrics.jsonl') and not os.path.exists('pressed'):  # in the first step\n"
         "        open('pressed', 'w').close()\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return [float(os.environ['PROBE']) * len(text) for text in completions]\n"
@@ -642,9 +641,8 @@ def test_a_copied_file_trains_stops_at_ctrl_c_and_resumes(model, tmp_path, file)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     options = dict(cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     name = Path(file.__file__).name
-    start = flags(model=model, reward_fn="probe:reward", **(TINY | {"num_steps": 3, "batch_size": 32}))
+    start = flags(model=model, reward_fn="probe:reward", **TINY)
     command = [sys.executable, name]
-    (tmp_path / "probe.py").write_text((tmp_path / "probe.py").read_text())
     stopped = subprocess.run([*command, *start], **options)
     (folder,) = tmp_path.glob(f"runs/*-{name.removesuffix('.py')}")
     advice = f"stopped after step 1: go on with --resume {folder.relative_to(tmp_path)}"
