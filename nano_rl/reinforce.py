@@ -210,7 +210,6 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
 
 # =====================================================================================================================
 # From here on every file of the ladder is the same, to the letter (tests/test_house.py compares them).
-# =====================================================================================================================
 class InputError(ValueError):
     """What the user gave cannot be used; the message says what to do."""
 
@@ -375,8 +374,7 @@ def read_prompts(path: str, args: Args, tokenizer, policy: nn.Module) -> list[di
         for number, line in enumerate(lines, start=1):
             where = f"{path or 'the built-in prompts'}, line {number}"
             example = json.loads(line)
-            if "prompt" not in example:
-                example["prompt"] = example["question"]  # as GSM8K has it
+            example["prompt"] = example["prompt"] if "prompt" in example else example["question"]  # as GSM8K has it
             messages = as_messages(example["prompt"], "user")
             text = "\n".join(message["content"] for message in messages)
             if chat:
@@ -564,8 +562,7 @@ class Run:
     def draw(self, prompts: list[dict], num: int) -> list[dict]:
         """This process's next `num` prompts: in every pass over them each comes once, in a new order."""
         size, places = len(prompts), range(self.state["num_drawn"], self.state["num_drawn"] + num * self.num_processes)
-        epochs = {place // size for place in places}
-        orders = {epoch: random.Random(f"{self.args.seed} {epoch}").sample(prompts, size) for epoch in epochs}
+        orders = {e: random.Random(f"{self.args.seed} {e}").sample(prompts, size) for e in {p // size for p in places}}
         self.state["num_drawn"] = places.stop
         return [orders[place // size][place % size] for place in self.share(places)]
 
