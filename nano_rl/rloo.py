@@ -97,7 +97,7 @@ class Args:  # a flag's comment is its --help
 
 # ---- The algorithm --------------------------------------------------------------------------------------------------
 def compute_advantages(kl_rewards: Tensor, group_size: int) -> Tensor:
-    """(2): rewards R and advantages A are (n,), the G completions of a prompt side by side."""
+    """(2): rewards and advantages are (n,), the G completions of a prompt side by side."""
     groups = kl_rewards.view(-1, group_size)  # (n / G, G)
     baseline = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)  # (n / G, G), the mean of the others
     advantages = groups - baseline  # (2)
@@ -113,8 +113,7 @@ def compute_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num_complet
 def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
     """log π(y_t | x, y_<t) of the sampled tokens (n, T), at the temperature that sampled them; 0 after the stop."""
     num_tokens = batch["mask"].shape[1]  # T
-    position_ids = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T), from 0 after left padding
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "position_ids": position_ids}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}  # (n, P + T) each
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=has_bfloat16(policy.device)):
         logits = policy(**inputs, logits_to_keep=num_tokens + 1, use_cache=False).logits  # (n, T + 1, V)
     logits = logits[:, :-1]  # (n, T, V), those before each token
@@ -172,7 +171,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         optimizer.step()
         optimizer.zero_grad()
 
-        groups = rewards.view(-1, args.group_size)  # (n / G, G)
+        groups = kl_rewards.view(-1, args.group_size)  # (n / G, G)
         metrics = {  # the mean of each over all processes is logged
             "reward": rewards,
             "reward_std": run.gather(rewards).std(correction=0),
@@ -277,6 +276,7 @@ def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: flo
     mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (n, T), 1 up to and including the first stop
     attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (n, P + T)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask, "terminated": is_stop.any(dim=1)}
+    batch["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T), from 0 after left padding
     texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask.bool())]
     return batch, texts
 
@@ -298,8 +298,7 @@ def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[st
 def score_logprobs(policy: nn.Module, batch: dict[str, Tensor], args: Args) -> Tensor:
     """compute_logprobs of a whole batch (n, T), without gradient."""
     logprobs = torch.zeros(batch["mask"].shape, device=policy.device)  # (n, T)
-    rows = torch.arange(len(logprobs), device=policy.device)
-    for part in micro_batches(batch | {"rows": rows}, args.micro_batch_tokens):
+    for part in micro_batches(batch | {"rows": torch.arange(len(logprobs)).to(policy.device)}, args.micro_batch_tokens):
         logprobs[part["rows"], : part["mask"].shape[1]] = compute_logprobs(policy, part, args.temperature)
     return logprobs
 
@@ -474,9 +473,9 @@ class Run:
         folder = args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}"
         self.folder = Path(args.resume or broadcast_object_list([folder])[0])  # as the first process names it
         self.args = self.resume(args) if args.resume else replace(args, num_steps=args.num_steps or 15)
-        positive = ("batch_size", "max_new_tokens", "temperature", "micro_batch_tokens", "num_steps")
+        positive = re.compile("num_.*|.*_tokens|batch_size|temperature")
         for name, value in asdict(self.args).items():
-            if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and name not in positive):
+            if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and not positive.match(name)):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
 
     def resume(self, args: Args) -> Args:
@@ -561,9 +560,9 @@ class Run:
 
     def sum_and_clip_gradients(self, parameters: list[Tensor], max_norm: float) -> Tensor:
         """Sums the gradients over the processes, scales them down to norm `max_norm`, and returns the norm before."""
-        for parameter in parameters if self.num_processes > 1 else []:
+        for parameter in parameters:  # of zeros, not None, where no completion was trained
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.accelerator.reduce(grad, "sum")
+            parameter.grad = self.accelerator.reduce(grad)
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def log(self, step: int, metrics: dict[str, Tensor | None], samples: list[dict]) -> None:

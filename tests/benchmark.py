@@ -112,6 +112,8 @@ class Clock:
 def run_nano_rl(job: dict, clock: Clock, folder: str) -> None:
     file = importlib.import_module(f"nano_rl.{job['algorithm']}")
     sizes = {"batch_size": job["completions"], "max_new_tokens": job["length"], "lora_rank": job.get("lora_rank", 0)}
+    if job["algorithm"] == "grpo":
+        sizes["num_updates"] = 1  # TRL's default
     make_sampler = file.make_sampler
 
     def full_length_sampler(*inputs):
@@ -119,24 +121,18 @@ def run_nano_rl(job: dict, clock: Clock, folder: str) -> None:
         sampler.generation_config.min_new_tokens = job["length"]
         return sampler
 
-    def report(run, args, bar, metrics, samples) -> None:
-        if metrics["step"]:
-            assert metrics["completions/mean_length"] == job["length"]
-            clock.end_step(metrics["step_time"])
+    write_log = file.Run.log
+
+    def log(run, step, metrics, samples) -> None:
+        write_log(run, step, metrics, samples)
+        row = json.loads((run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        if step:
+            assert row["completions/mean_length"] == job["length"]
+            clock.end_step(row["step_time"])
 
     file.make_sampler = full_length_sampler
-    if hasattr(file, "Run"):  # the new shape; the other files are to follow
-        write_log = file.Run.log
-
-        def log(run, step, metrics, samples) -> None:
-            write_log(run, step, metrics, samples)
-            row = json.loads((run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-            report(run, run.args, run.bar, row, samples)
-
-        file.Run.log, file.Run.save_checkpoint = log, lambda run: None
-        file.evaluate = lambda *_: ({"eval/reward": torch.tensor(0.0)}, [])
-    else:
-        file.report, file.evaluate = report, lambda *_: ({"eval/reward": 0.0}, [])
+    file.Run.log, file.Run.save_checkpoint = log, lambda run: None
+    file.evaluate = lambda *_: ({"eval/reward": torch.tensor(0.0)}, [])
     file.sample, file.score = clock.wrap("sampling", file.sample), clock.wrap("scoring", file.score)
     file.train(file.Args(model=job["model"], num_steps=job["steps"], output_dir=folder, eval_every=0, **sizes), reward)
 

@@ -20,10 +20,9 @@ SHAPE = {
 @pytest.mark.parametrize("algorithm", ["reinforce", "rloo", "remax", "raft", "grpo", "ppo"])
 def test_a_job_of_every_file(model, monkeypatch, algorithm):
     file = importlib.import_module(f"nano_rl.{algorithm}")
-    new = hasattr(file, "Run")
-    for name in ("make_sampler", "evaluate", "sample", "score", *(() if new else ("report",))):
+    for name in ("make_sampler", "evaluate", "sample", "score"):
         monkeypatch.setattr(file, name, getattr(file, name))  # a job replaces them in its own process
-    for name in ("log", "save_checkpoint") if new else ():
+    for name in ("log", "save_checkpoint"):
         monkeypatch.setattr(file.Run, name, getattr(file.Run, name))
     job = {"framework": "nano_rl", "algorithm": algorithm, "model": model, "completions": 8, "length": 4, "steps": 2}
     result = benchmark.run_job(job)

@@ -3,16 +3,16 @@
 pitfalls 1, 2, 6, 18, 19, 20, 27, 28, 44: expectations are exact sums in float64, so there is no tolerance for noise.
 """
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from tiny import all_completions, as_batch, exact_logprobs, float64, gradient, llama_config, make_policy
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
-import nano_rl.reinforce as reinforce
-import nano_rl.rloo as rloo
+from nano_rl import grpo, ppo, raft, reinforce, remax, rloo
 
 V, T, EOS = 5, 3, 1
 PROMPT = [2, 4]
@@ -163,36 +163,62 @@ def test_zero_advantages_have_no_gradient(world):
     assert gradient(loss, policy).abs().max() == 0
 
 
-@pytest.mark.parametrize("bfloat16", [True, False], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("file", [reinforce, rloo], ids=["reinforce", "rloo"])
-def test_an_update_keeps_to_its_device(file, bfloat16, monkeypatch):
-    """On "cuda", without a GPU: fake tensors have shapes, types and devices, and operations that mix devices fail.
+def losses(file, policy, value_model, part: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What phase 4 of each file makes of one part, after phases 2 and 3 of the same part."""
+    logprobs = file.compute_logprobs(policy, part, 0.7)
+    rewards, ref_logprobs = torch.rand(4, dtype=torch.float64), logprobs.detach() - 0.1
+    assert logprobs.device == part["mask"].device and logprobs.dtype == torch.float32
+    if file is ppo:
+        old = {"values": file.compute_values(value_model, part).detach(), "logprobs": logprobs.detach()}
+        inputs = (rewards.float().to(logprobs.device), old["logprobs"] - ref_logprobs, old["values"], part["mask"])
+        advantages, returns = file.compute_advantages(*inputs, 0.1, 1.0, 0.95)
+        ratio, values = file.compute_ratio(logprobs, old["logprobs"]), file.compute_values(value_model, part)
+        return [
+            file.compute_loss(ratio, advantages, part["mask"], 0.2, 4),
+            file.compute_value_loss(values, old["values"], returns, part["mask"], 0.2, 4),
+        ]
+    settings = {
+        reinforce: ("mean", 0.0, torch.zeros(4), True),
+        remax: (torch.zeros(4), (logprobs.detach() - ref_logprobs).cpu(), 0.1),
+    }
+    advantages = file.compute_advantages(rewards, *settings.get(file, (4,))).float().to(logprobs.device)
+    if file is grpo:
+        ratio, kl = file.compute_ratio(logprobs, logprobs.detach()), file.compute_kl(logprobs, ref_logprobs)
+        return [file.compute_loss(ratio, kl, advantages, part["mask"], 0.2, 0.1, 4)]
+    return [file.compute_loss(logprobs, advantages, part["mask"], 4)]
 
-    Sampling and micro-batches are not in it, as they need real numbers; nor is the backward pass, as autograd asks
-    the missing driver for a context.
+
+@pytest.mark.parametrize("place", ["cuda in bfloat16", "cuda in float32", "meta, with the backward pass"])
+@pytest.mark.parametrize("file", [reinforce, rloo, remax, raft, grpo, ppo], ids=lambda file: file.__name__[8:])
+def test_an_update_keeps_to_its_device(file, place, monkeypatch):
+    """Without a GPU: fake tensors have shapes, types and devices, and operations that mix devices fail.
+
+    Sampling and micro_batches are not in it, as they need real numbers. Autograd asks the driver of a "cuda" for its
+    context, even of a fake one, so the backward pass is on "meta", which mixes with the CPU as little.
     """
-    monkeypatch.setattr(file, "has_bfloat16", lambda device: bfloat16)
+    device = place.split()[0].strip(",")
+    monkeypatch.setattr(file, "has_bfloat16", lambda _: "bfloat16" in place)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
-    settings = (4,) if file is rloo else ("mean", 0.0, torch.zeros(4), True)
-    completions, dtypes = [[3, 1], [4, 3, 2], [3], [2]], []
+    if device == "meta":  # which has no autocast
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    dtypes = []
     with FakeTensorMode(allow_non_fake_inputs=True):
-        with torch.device("cuda"):
+        with torch.device(device):
             policy = AutoModelForCausalLM.from_config(llama_config(V)).eval()
+            # As make_value_model has it, but not copied: fake tensors have no data to copy.
+            trunk, head = AutoModel.from_config(llama_config(V)).eval(), torch.nn.Linear(16, 1)
+        value_model = torch.nn.ModuleDict({"trunk": trunk, "head": head})
         policy.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
-        advantages = file.compute_advantages(torch.rand(4, dtype=torch.float64), *settings).float()
-        batch = as_batch(PROMPT, completions, pad=EOS) | {"advantages": advantages}
-        batch = {name: tensor.to("cuda") for name, tensor in batch.items()}
-
-        def loss(part):
-            logprobs = file.compute_logprobs(policy, part, 0.7)
-            assert logprobs.device.type == "cuda" and logprobs.dtype == torch.float32
-            return file.compute_loss(logprobs, part["advantages"], part["mask"], 4)
-
-        for rows in (slice(0, 3), slice(3, 4)):
-            total = loss({name: tensor[rows] for name, tensor in batch.items()})
-            assert total.device.type == "cuda" and total.requires_grad
-        assert set(dtypes) == {torch.bfloat16 if bfloat16 else torch.float32}
-        for name in batch:
+        part = {name: t.to(device) for name, t in as_batch(PROMPT, [[3, 1], [4, 3, 2], [3], [2]], pad=EOS).items()}
+        for loss in losses(file, policy, value_model, part):
+            assert loss.device.type == device and loss.shape == () and loss.requires_grad
+            if device == "meta":
+                loss.backward()
+        assert set(dtypes) == {torch.bfloat16 if "bfloat16" in place else torch.float32}
+        for weight in [*policy.parameters(), *(value_model.parameters() if file is ppo else [])]:
+            if device == "meta":
+                assert weight.grad.device == weight.device and weight.grad.shape == weight.shape
+        for name in part.keys() - {"attention_mask"}:  # which transformers moves by itself
             with pytest.raises(RuntimeError, match="device"):
-                loss(batch | {name: batch[name].to("cpu")})
+                losses(file, policy, value_model, part | {name: part[name].to("cpu")})

@@ -39,8 +39,8 @@ def test_clipping(advantage, ratio, loss, slope):
     """Value and derivative in the ratio, for both signs of the advantage (pitfall 26)."""
     old = torch.tensor([[-1.0]])
     ratio = torch.tensor([[ratio]], requires_grad=True)
-    logprobs, one = old + ratio.log(), torch.ones(1, 1)
-    value = grpo.compute_loss(logprobs, old, old, torch.tensor([float(advantage)]), one, 0.2, 0.0, 1)
+    ratio_again, one = grpo.compute_ratio(old + ratio.log(), old), torch.ones(1, 1)
+    value = grpo.compute_loss(ratio_again, torch.zeros(1, 1), torch.tensor([float(advantage)]), one, 0.2, 0.0, 1)
     value.backward()
     assert value.item() == pytest.approx(loss) and ratio.grad.item() == pytest.approx(slope)
 
@@ -48,10 +48,9 @@ def test_clipping(advantage, ratio, loss, slope):
 def test_a_loss_of_zero_has_a_gradient():
     """On policy the advantages of a group cancel in the loss, not in its gradient (pitfall 30)."""
     logprobs = torch.tensor([[-1.0, -2.0], [-0.5, -1.5]], requires_grad=True)
-    old, mask = logprobs.detach(), torch.ones(2, 2)
-    loss = grpo.compute_loss(
-        logprobs, old, old, grpo.compute_advantages(torch.tensor([0.0, 1.0]), 2), mask, 0.2, 0.0, 2
-    )
+    ratio, ones = grpo.compute_ratio(logprobs, logprobs.detach()), torch.ones(2, 2)
+    advantages = grpo.compute_advantages(torch.tensor([0.0, 1.0]), 2)
+    loss = grpo.compute_loss(ratio, 0 * ones, advantages, ones, 0.2, 0.0, 2)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-7) and logprobs.grad.abs().min() > 0.1
 
@@ -68,13 +67,14 @@ def test_the_expected_gradient_is_that_of_the_stated_objective(off_policy, kl_co
     with torch.no_grad():
         old, ref = (grpo.compute_logprobs(model, batch, 0.6) for model in (old_policy, ref_policy))
         probabilities = exact_logprobs(old_policy, [2, 4], completions, 0.6).exp()
+    ratio, kl = grpo.compute_ratio(logprobs, old), grpo.compute_kl(logprobs, ref)
     rewards = torch.rand(len(completions), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ours = truth = 0.0
     clipped = {True: 0, False: 0}
     for group in itertools.product(range(len(completions)), repeat=G):
         group, weight = list(group), probabilities[list(group)].prod()
         advantages = grpo.compute_advantages(rewards[group], G)
-        rows = (logprobs[group], old[group], ref[group], advantages, batch["mask"][group])
+        rows = (ratio[group], kl[group], advantages, batch["mask"][group])
         ours = ours + weight * grpo.compute_loss(*rows, 0.2, kl_coef, num_completions=G)
         scores = rewards[group]
         for i, a in zip(group, (scores - scores.mean()) / (scores.std() + 1e-4)):
@@ -94,18 +94,69 @@ def test_the_expected_gradient_is_that_of_the_stated_objective(off_policy, kl_co
 
 def test_the_first_update_is_on_policy(model, tmp_path, monkeypatch):
     """The ratio is identically 1 and the KL 0; with a second update the ratio leaves 1 (pitfalls 7, 12, 32)."""
-    seen, compute_loss = [], grpo.compute_loss
+    scored, ratios, kls = [], [], []
+    compute_logprobs, compute_ratio, compute_kl = grpo.compute_logprobs, grpo.compute_ratio, grpo.compute_kl
 
-    def spy(logprobs, old_logprobs, ref_logprobs, *rest):
-        seen.append((logprobs.detach().clone(), old_logprobs.clone(), ref_logprobs.clone()))
-        return compute_loss(logprobs, old_logprobs, ref_logprobs, *rest)
+    def spy_logprobs(policy, batch, temperature):
+        if torch.is_grad_enabled():
+            scored.append(batch["input_ids"])
+        return compute_logprobs(policy, batch, temperature)
 
-    monkeypatch.setattr(grpo, "compute_loss", spy)
-    folder = run(model, tmp_path / "run", num_updates=2, kl_coef=0.1, num_steps=1, learning_rate=0.05)
-    (first, old, ref), (second, same_old, same_ref) = seen
-    assert torch.equal(first, old) and torch.equal(first, ref)
-    assert torch.equal(old, same_old) and torch.equal(ref, same_ref) and not torch.equal(second, old)
-    assert read(folder)[1]["kl"] == 0 and read(folder)[1]["clip_ratio/region_mean"] > 0
+    def spy_ratio(logprobs, old_logprobs):
+        ratios.append((compute_ratio(logprobs, old_logprobs).detach(), old_logprobs.clone()))
+        return compute_ratio(logprobs, old_logprobs)
+
+    def spy_kl(logprobs, ref_logprobs):
+        kls.append((compute_kl(logprobs, ref_logprobs).detach(), ref_logprobs.clone()))
+        return compute_kl(logprobs, ref_logprobs)
+
+    monkeypatch.setattr(grpo, "compute_logprobs", spy_logprobs)
+    monkeypatch.setattr(grpo, "compute_ratio", spy_ratio)
+    monkeypatch.setattr(grpo, "compute_kl", spy_kl)
+    args = {"num_updates": 2, "kl_coef": 0.1, "num_steps": 1, "learning_rate": 0.05, "micro_batch_tokens": 40}
+    folder = run(model, tmp_path / "run", **args)
+    parts = len(ratios) // 2
+    assert parts > 1 and len(scored) == len(ratios) == len(kls) == 2 * parts, "no pass but those of the updates"
+    for part in range(parts):
+        (first, old), (second, same_old) = ratios[part], ratios[part + parts]
+        assert (first == 1).all() and (second != 1).any() and torch.equal(old, same_old)
+        (first, ref), (second, same_ref) = kls[part], kls[part + parts]
+        assert (first == 0).all() and (second > 0).any() and torch.equal(ref, same_ref)
+    masks = [old != 0 for _, old in ratios]  # log π of a sampled token is never 0 here
+    row = read(folder)[1]
+    assert row["ratio"] == pytest.approx(torch.cat([r[m] for (r, _), m in zip(ratios, masks)]).mean().item())
+    assert row["kl"] == pytest.approx(torch.cat([k[m] for (k, _), m in zip(kls, masks)]).mean().item())
+    assert row["entropy_estimate"] == pytest.approx(
+        -torch.cat([o[m] for (_, o), m in zip(ratios, masks)]).mean().item()
+    )
+
+
+@pytest.mark.parametrize("num_updates", [1, 3])
+def test_metrics_are_over_all_updates(model, tmp_path, monkeypatch, num_updates):
+    """The norm is their mean, and clipped is a token whose loss has no gradient for that."""
+    norms, slopes, clip, compute_loss = [], [], torch.nn.utils.clip_grad_norm_, grpo.compute_loss
+
+    def spy_loss(ratio, kl, advantages, mask, *coefs):
+        own = ratio.detach().clone().requires_grad_()
+        compute_loss(own, kl.detach(), advantages, mask, *coefs).backward()
+        slopes.append((own.grad == 0)[mask.bool() & (advantages != 0)[:, None]])
+        return compute_loss(ratio, kl, advantages, mask, *coefs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *inputs: norms.append(clip(*inputs)) or norms[-1])
+    monkeypatch.setattr(grpo, "compute_loss", spy_loss)
+
+    def reward_fn(completions, **_):  # no two are equal, so that every token has an advantage
+        return [len(text) + 0.01 * i for i, text in enumerate(completions)]
+
+    args = {"num_updates": num_updates, "num_steps": 1, "learning_rate": 0.05, "max_grad_norm": 0.5}
+    row = read(run(model, tmp_path / "run", reward_fn, **args))[1]
+    assert len(norms) == num_updates and row["grad_norm"] == pytest.approx(torch.stack(norms).mean().item())
+    assert row["clip_ratio/region_mean"] == pytest.approx(torch.cat(slopes).float().mean().item())
+    if num_updates == 1:
+        assert row["ratio"] == 1 and row["clip_ratio/region_mean"] == 0
+    else:
+        assert row["ratio"] != 1 and row["clip_ratio/region_mean"] > 0
+    assert "kl" not in row, "what was not computed is absent"
 
 
 def test_equal_rewards_still_have_the_gradient_of_the_kl(model, tmp_path):
@@ -114,23 +165,16 @@ def test_equal_rewards_still_have_the_gradient_of_the_kl(model, tmp_path):
 
     still = read(run(model, tmp_path / "still", equal))
     assert [row["grad_norm"] for row in still[1:]] == [0, 0, 0]
-    calls = []
+    calls = []  # 8 of the first evaluation, then one a step
 
     def equal_in_the_second_step(completions, **_):
         calls.append(1)
-        return equal(completions) if len(calls) == 3 else [float(len(text)) for text in completions]
+        return equal(completions) if len(calls) == 10 else [float(len(text)) for text in completions]
 
     moved = read(run(model, tmp_path / "moved", equal_in_the_second_step, kl_coef=0.1, eval_every=0))
     assert moved[2]["frac_reward_zero_std"] == 1 and moved[2]["grad_norm"] > 0
 
 
-def test_it_resumes(model, tmp_path):
-    straight = run(model, tmp_path / "straight", num_steps=4, num_updates=2, kl_coef=0.1)
-    folder = run(model, tmp_path / "run", num_steps=2, num_updates=2, kl_coef=0.1, save_every=1)
-    grpo.train(grpo.Args(resume=str(folder), num_steps=4))
-    assert read(folder)[-1] == read(straight)[-1]
-
-
 def test_group_sizes_that_cannot_be(model, tmp_path):
-    with pytest.raises(SystemExit, match="--group-size 1: must be 2 or more"):
+    with pytest.raises(grpo.InputError, match="--group-size 1: must be 2 or more"):
         run(model, tmp_path / "run", group_size=1)

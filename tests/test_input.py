@@ -4,15 +4,17 @@ import json
 import math
 import resource
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from test_run import MOVED, RESUMABLE, ROOT, TINY, read, run
+from test_run import LADDER, RESUMABLE, TINY, read, run, same, weights
+from tiny import main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import nano_rl.grpo as grpo
+import nano_rl.ppo as ppo
+import nano_rl.raft as raft
 import nano_rl.reinforce as reinforce
 import nano_rl.rloo as rloo
 
@@ -33,6 +35,16 @@ def test_numbers_that_must_be_positive(model, tmp_path, name, value):
 
 
 @pytest.mark.parametrize(
+    "file, flag",
+    [(raft, "num_epochs"), (grpo, "num_updates"), (ppo, "num_epochs"), (ppo, "num_minibatches")],
+    ids=lambda value: value if isinstance(value, str) else value.__name__[8:],
+)
+def test_numbers_of_updates_must_be_positive(model, tmp_path, file, flag):
+    with pytest.raises(file.InputError, match=f"--{flag.replace('_', '-')} 0: must be above 0"):
+        file.train(file.Args(model=model, output_dir=str(tmp_path / "run"), **{flag: 0}))
+
+
+@pytest.mark.parametrize(
     "flags", [{"kl_coef": -0.1}, {"save_minutes": -1}, {"learning_rate": math.nan}, {"num_steps": -1}, {"seed": 2**32}]
 )
 def test_other_impossible_numbers(model, tmp_path, flags):
@@ -40,13 +52,16 @@ def test_other_impossible_numbers(model, tmp_path, flags):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_terminal_gets_one_line_and_a_library_call_the_exception(tmp_path):
-    command = [sys.executable, "-m", "nano_rl.reinforce", "--batch-size", "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("--batch-size 0: must be above 0")
+@pytest.mark.parametrize("file", LADDER, ids=lambda file: file.__name__[8:])
+def test_the_terminal_gets_one_line_and_a_library_call_the_exception(file, monkeypatch):
+    message = main(monkeypatch, file.__name__[8:], "--batch-size", "0")
+    assert message.startswith("--batch-size 0: must be above 0") and "\n" not in message
     with pytest.raises(ValueError, match="--batch-size 0: must be above 0"):
-        reinforce.train(reinforce.Args(batch_size=0))
+        file.train(file.Args(batch_size=0))
+
+
+def test_a_past_of_more_than_its_whole_weight(model, tmp_path):
+    assert refused(model, tmp_path, baseline="ema", ema_beta=1.5) == "--ema-beta 1.5: must be at most 1"
 
 
 def test_one_completion_is_its_own_mean(model, tmp_path):
@@ -190,9 +205,9 @@ def test_a_reward_function_that_returns_no_numbers_in_the_second_step(model, tmp
     assert [row["step"] for row in read(tmp_path / "run")] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("file", MOVED, ids=lambda file: file.__name__[8:])
-@pytest.mark.parametrize("fails_at", [11, 13], ids=["in a step", "in the last evaluation"])
-def test_a_reward_function_that_raises(model, tmp_path, file, fails_at):
+@pytest.mark.parametrize("file", LADDER, ids=lambda file: file.__name__[8:])
+@pytest.mark.parametrize("moment", ["in a step", "in the last evaluation"])
+def test_a_reward_function_that_raises(model, tmp_path, file, moment):
     """Its own traceback; the run that is resumed ends as one whose function never failed."""
     calls = []
 
@@ -202,16 +217,18 @@ def test_a_reward_function_that_raises(model, tmp_path, file, fails_at):
             raise KeyError("no judge")
         return [float(len(text)) for text in completions]
 
-    args = TINY | {"model": model, "num_steps": 3, "eval_every": 0, "save_minutes": 0}
+    args = TINY | {"model": model, "num_steps": 3, "eval_every": 0, "save_minutes": 0, "kl_coef": 0.1}
     failing = 0
     whole = file.train(file.Args(output_dir=str(tmp_path / "whole"), **args), reward_fn)
-    failing, calls[:] = fails_at, []
+    failing = len(calls) - 1 if moment == "in the last evaluation" else 11  # 8 in the first evaluation
+    calls.clear()
     with pytest.raises(KeyError, match="no judge") as error:
         file.train(file.Args(output_dir=str(tmp_path / "run"), **args), reward_fn)
     assert error.traceback[-1].name == "reward_fn"
     file.train(file.Args(resume=str(tmp_path / "run")), reward_fn)
     assert read(tmp_path / "run") == read(whole)
     assert read(tmp_path / "run", "completions.jsonl") == read(whole, "completions.jsonl")
+    assert same(weights(tmp_path / "run"), weights(whole))
 
 
 def test_rewards_of_any_kind_of_number(model, tmp_path):

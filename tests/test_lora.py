@@ -7,14 +7,13 @@ import peft
 import pytest
 import torch
 from test_run import TINY, read
-from tiny import as_batch, llama_config, make_policy
-from transformers import AutoModelForCausalLM
+from tiny import as_batch, save_reward_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import nano_rl.ppo as ppo
 import nano_rl.reinforce as reinforce
 
 CPU = torch.device("cpu")
-NEW = ("reinforce", "rloo")  # the other files have the shape of before
 
 
 def train(name: str, model: str, folder, **args):
@@ -22,6 +21,8 @@ def train(name: str, model: str, folder, **args):
     args = TINY | {"lora_rank": 2, "kl_coef": 0.1, "learning_rate": 0.02, "num_steps": 2} | args
     if name == "ppo":
         args |= {"value_warmup_steps": 1, "num_minibatches": 1}
+    if name == "grpo":
+        args |= {"num_updates": 1}  # whose KL is that of equal weights in the first step
     return file.train(file.Args(model=model, output_dir=str(folder), **args))
 
 
@@ -37,11 +38,7 @@ def test_a_run_saves_the_adapter_and_a_merged_policy(model, tmp_path, monkeypatc
     folder = train(name, model, tmp_path / "run")
     base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (model, folder / "policy"))
     assert {weight.dtype for weight in merged.parameters()} == {torch.float32}
-    if bfloat16 and name not in NEW:  # the frozen weights were rounded, and the adapter learnt beside those
-        for parameter in base.parameters():
-            parameter.data = parameter.data.bfloat16().float()
-    if name in NEW:  # in float32, read again
-        assert torch.equal(base.lm_head.weight, merged.lm_head.weight)
+    assert torch.equal(base.lm_head.weight, merged.lm_head.weight), "read again in float32"
     start = logits(base)
     adapted = logits(peft.PeftModel.from_pretrained(base, folder / "adapter"))
     torch.testing.assert_close(logits(merged), adapted, atol=1e-4, rtol=1e-3)
@@ -53,7 +50,7 @@ def test_a_run_saves_the_adapter_and_a_merged_policy(model, tmp_path, monkeypatc
 @pytest.mark.parametrize("name", ["reinforce", "ppo"])
 def test_it_resumes(model, tmp_path, name):
     straight = train(name, model, tmp_path / "straight", num_steps=4)
-    folder = train(name, model, tmp_path / "run", **({"save_minutes": 0} if name in NEW else {"save_every": 1}))
+    folder = train(name, model, tmp_path / "run", save_minutes=0)
     file = importlib.import_module(f"nano_rl.{name}")
     file.train(file.Args(resume=str(folder), num_steps=4))
     assert read(folder)[-1] == read(straight)[-1]
@@ -107,14 +104,28 @@ def test_the_reference_is_the_policy_with_its_adapters_off(model):
     assert torch.equal(reinforce.score_logprobs(policy, batch, args), moved), "they are on again"
 
 
-def test_the_value_model_has_adapters_and_a_head_of_its_own():
-    policy = ppo.add_lora(make_policy(llama_config(25)), ppo.Args(lora_rank=2))
-    value_model = ppo.make_value_model(policy, None, CPU)
+@pytest.mark.parametrize("bfloat16", [True, False], ids=["bfloat16", "float32"])
+def test_the_value_model_has_adapters_and_a_head_of_its_own(model, monkeypatch, bfloat16):
+    """Beside the policy's frozen weights, which it shares; training V leaves the policy as it was."""
+    monkeypatch.setattr(ppo, "has_bfloat16", lambda device: bfloat16)
+    args = ppo.Args(model=model, lora_rank=2)
+    policy, *_ = ppo.load_policy(args, CPU)
+    value_model = ppo.make_value_model(policy, args)
     batch = as_batch([2, 7], [[3, 4, 5]], pad=0)
-    assert (ppo.compute_values(value_model, batch) == 0).all()
+    assert (ppo.compute_values(value_model, batch) == value_model["head"].bias).all()
     shared = {weight.data_ptr() for weight in policy.parameters()}
     own = {name for name, weight in value_model.named_parameters() if weight.data_ptr() not in shared}
-    assert own == ppo.trained_weights(value_model).keys() and len(own) == 2 * 7 * 2 + 1
+    assert own == {name for name, weight in value_model.named_parameters() if weight.requires_grad}
+    assert len(own) == 2 * 7 * 2 + 2
+    before, values = logits(policy), ppo.compute_values(value_model, batch)
+    torch.nn.init.normal_(value_model["head"].weight)
+    for _ in range(2):  # the second adapter matrix is 0 at first, and so is the gradient of the first
+        ppo.compute_values(value_model, batch).sum().backward()
+        for weight in value_model.parameters():
+            if weight.requires_grad:
+                weight.data -= 0.1 * weight.grad
+    assert torch.equal(logits(policy), before) and not torch.equal(ppo.compute_values(value_model, batch), values)
+    assert all(weight.grad is None for weight in policy.parameters())
 
 
 def test_without_peft_one_line_says_what_to_install(model, tmp_path, monkeypatch):
@@ -126,6 +137,9 @@ def test_without_peft_one_line_says_what_to_install(model, tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
-def test_a_value_model_from_elsewhere_shares_nothing(model, tmp_path):
-    with pytest.raises(SystemExit, match="choose one of --value-model and --lora-rank"):
-        train("ppo", model, tmp_path / "run", value_model="rm")
+def test_a_value_model_from_elsewhere_is_trained_whole(model, tmp_path):
+    folder = train("ppo", model, tmp_path / "run", value_model=save_reward_model(tmp_path / "rm"))
+    parameters = torch.load(folder / "checkpoint.pt")["parameters"]
+    assert len(parameters) == 2 * 7 * 2 + len(
+        list(AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").parameters())
+    )

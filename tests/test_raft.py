@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_run import TINY, read
+from test_run import TINY, read, same, weights
 from tiny import all_completions, as_batch, exact_logprobs, float64, gradient, llama_config, make_policy
 
 import nano_rl.raft as raft
@@ -59,15 +59,42 @@ def test_groups_without_a_best_are_left_out_and_counted(model, tmp_path):
     assert [row["grad_norm"] for row in read(folder)[1:]] == [0, 0, 0]
 
 
-def test_it_trains_in_epochs_and_resumes(model, tmp_path):
-    straight = run(model, tmp_path / "straight", num_steps=4, num_epochs=2)
-    folder = run(model, tmp_path / "run", num_steps=2, num_epochs=2, save_every=1)
-    raft.train(raft.Args(resume=str(folder), num_steps=4))
-    assert read(folder)[-1] == read(straight)[-1]
-    once = run(model, tmp_path / "once", num_steps=4, num_epochs=1)
-    assert read(once)[1]["entropy"] > read(straight)[1]["entropy"], "the second pass finds the best more likely"
+def test_it_trains_on_the_chosen_alone_and_in_epochs(model, tmp_path, monkeypatch):
+    """The second pass finds them more likely; nothing is called entropy."""
+    passes, compute_logprobs = [], raft.compute_logprobs
+
+    def spy(policy, batch, temperature):
+        logprobs = compute_logprobs(policy, batch, temperature)
+        if torch.is_grad_enabled():
+            passes.append((batch["advantages"], logprobs.detach()))
+        return logprobs
+
+    def reward_fn(completions, **_):  # no two are equal, so that every group has a best
+        return [len(text) + 0.01 * i for i, text in enumerate(completions)]
+
+    monkeypatch.setattr(raft, "compute_logprobs", spy)
+    row = read(run(model, tmp_path / "run", reward_fn, num_steps=1, num_epochs=2, learning_rate=1e-2))[1]
+    (first, before), (second, after) = passes
+    assert first.tolist() == second.tolist() == [1, 1], "the best of each of two groups"
+    assert after.sum() > before.sum()
+    assert row["best_reward"] > row["reward"] and not any("entropy" in name for name in row)
+
+
+def test_a_step_without_a_best_moves_as_a_gradient_of_zero_does(model, tmp_path):
+    """In one process as in two: Adam goes on with what it remembers."""
+    calls = []  # 8 of the first evaluation, then one a step
+
+    def equal_in_the_second_step(completions, **_):
+        calls.append(1)
+        return [1.0 if len(calls) == 10 else float(len(text)) for text in completions]
+
+    one = run(model, tmp_path / "one", equal_in_the_second_step, num_steps=1, eval_every=0)
+    calls.clear()
+    two = run(model, tmp_path / "two", equal_in_the_second_step, num_steps=2, eval_every=0)
+    assert read(two)[2]["frac_reward_zero_std"] == 1 and read(two)[2]["grad_norm"] == 0
+    assert not same(weights(one), weights(two))
 
 
 def test_group_sizes_that_cannot_be(model, tmp_path):
-    with pytest.raises(SystemExit, match="--group-size 1: must be 2 or more"):
+    with pytest.raises(raft.InputError, match="--group-size 1: must be 2 or more"):
         run(model, tmp_path / "run", group_size=1)

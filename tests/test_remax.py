@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_run import TINY, read
+from test_run import TINY, read, same, weights
 from tiny import all_completions, as_batch, exact_logprobs, float64, gradient, llama_config, make_policy
 
 import nano_rl.reinforce as reinforce
@@ -48,20 +48,13 @@ def test_advantages_and_loss_against_a_naive_loop():
     torch.testing.assert_close(remax.compute_loss(logprobs, advantages, mask, 7), loss)
 
 
-def test_without_the_kl_it_is_scst():
-    """In its advantages: the test of whole runs, bit for bit, comes back when remax.py has reinforce.py's new shape."""
-    rewards, greedy = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
-    ours = remax.compute_advantages(rewards, greedy, torch.zeros(6, 4), 0.0)  # (n, T)
-    scst = reinforce.compute_advantages(rewards, "scst", 0.0, greedy, whiten=False)  # (n,)
-    assert torch.equal(ours, scst[:, None].expand(6, 4))
-
-
-def test_it_trains_and_resumes(model, tmp_path):
-    straight = run(model, tmp_path / "straight", num_steps=4, kl_coef=0.1)
-    folder = run(model, tmp_path / "run", num_steps=2, kl_coef=0.1, save_every=1)
-    remax.train(remax.Args(resume=str(folder), num_steps=4))
-    assert read(folder)[-1] == read(straight)[-1]
-    assert read(folder)[1]["kl"] == 0 and read(folder)[-1]["kl"] != 0
+def test_without_the_kl_it_is_scst(model, tmp_path):
+    """A whole run, to the last bit: metrics, completions and weights."""
+    args = TINY | {"model": model, "num_steps": 3}
+    ours = remax.train(remax.Args(output_dir=str(tmp_path / "remax"), **args))
+    scst = reinforce.train(reinforce.Args(output_dir=str(tmp_path / "scst"), baseline="scst", **args))
+    assert read(ours) == read(scst) and read(ours, "completions.jsonl") == read(scst, "completions.jsonl")
+    assert same(weights(ours), weights(scst)) and read(ours)[1]["grad_norm"] > 0
 
 
 def test_equal_rewards_are_a_step_of_zero_gradient(model, tmp_path):

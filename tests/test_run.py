@@ -6,22 +6,24 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from tiny import gpt2_config, llama_config, make_tokenizer, save_policy, save_reward_model
+from accelerate.state import AcceleratorState
+from tiny import gpt2_config, llama_config, main, make_tokenizer, save_policy, save_reward_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import nano_rl.reinforce as reinforce
-import nano_rl.rloo as rloo
+from nano_rl import grpo, ppo, raft, reinforce, remax, rloo
 
-MOVED = [reinforce, rloo]  # the files of the new shape; the next issue moves the others
+LADDER = [reinforce, rloo, remax, raft, grpo, ppo]
 ROOT = Path(__file__).parent.parent
 TINY = dict(batch_size=4, num_steps=3, max_new_tokens=8, eval_every=2, temperature=1.0, learning_rate=1e-3)
 
@@ -255,10 +257,10 @@ def test_the_gradient_is_clipped(model, tmp_path, monkeypatch):
         assert row["grad_norm"] == before > 0.25 and after == pytest.approx(0.25, rel=1e-3)
 
 
-@pytest.mark.parametrize("file", MOVED, ids=lambda file: file.__name__[8:])
+@pytest.mark.parametrize("file", LADDER, ids=lambda file: file.__name__[8:])
 def test_micro_batches_do_not_change_a_run(model, tmp_path, monkeypatch, file):
-    """One completion at a time, or all at once: the same gradient (pitfall 28)."""
-    args = TINY | {"model": model, "kl_coef": 0.1, "num_steps": 1}
+    """One completion at a time, or all at once: the same gradient, through every update (pitfall 28)."""
+    args = TINY | {"model": model, "kl_coef": 0.1, "num_steps": 1, "eval_every": 0}
     monkeypatch.setattr(file, "has_bfloat16", lambda device: False)  # whose rounding depends on the batch
     one, all_at_once = (
         read(file.train(file.Args(output_dir=str(tmp_path / str(size)), micro_batch_tokens=size, **args)))[1]
@@ -300,6 +302,20 @@ def test_equal_rewards_are_a_step_of_zero_gradient(model, tmp_path):
     assert [row["grad_norm"] for row in metrics[1:]] == [0, 0, 0]
     assert [row["frac_reward_zero_std"] for row in metrics[1:]] == [1, 1, 1]
     assert same(weights(folder), AutoModelForCausalLM.from_pretrained(model).state_dict())
+
+
+@pytest.mark.parametrize("file", [reinforce, rloo, raft], ids=lambda file: file.__name__[8:])
+def test_groups_are_equal_where_reward_and_kl_are(model, tmp_path, file):
+    """Equal rewards have advantages as soon as the policy has moved, by the KL in R."""
+    calls = []  # 8 of the first evaluation, then one a step
+
+    def equal_in_the_second_step(completions, **_):
+        calls.append(1)
+        return [1.0 if len(calls) == 10 else float(len(text)) for text in completions]
+
+    args = TINY | {"num_steps": 2, "eval_every": 0, "kl_coef": 0.1, "model": model}
+    row = read(file.train(file.Args(output_dir=str(tmp_path / "run"), **args), equal_in_the_second_step))[2]
+    assert row["reward_std"] == 0 and row["frac_reward_zero_std"] == 0 and row["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("part", ["pad", "eos", "chat", "all"])
@@ -389,43 +405,45 @@ def straight(model, tmp_path_factory) -> Path:
 
 RESUMABLE = dict(num_steps=6, save_minutes=0, baseline="ema", kl_coef=0.1)
 
-KILLER = """
-import os, signal, sys
-import torch
-import nano_rl.reinforce as reinforce
 
-moment, save, Run = sys.argv.pop(1), torch.save, reinforce.Run
-log, write = Run.log, Run.write
+def fork(target: Callable, *inputs) -> torch.multiprocessing.Process:
+    """A process that starts as a copy of this one, without importing anything again."""
+    process = torch.multiprocessing.get_context("fork").Process(target=target, args=inputs)
+    process.start()
+    return process
 
-def kill(number=signal.SIGKILL):
-    os.kill(os.getpid(), number)
 
-def log_and_die(run, step, metrics, samples):
-    log(run, step, metrics, samples)
-    if step == 5 and moment == "between checkpoints":
-        with open(run.folder / "metrics.jsonl", "a") as file:
-            file.write('{"step": 6, "rew')  # killed in the middle of a line
-        kill()
-    if step == 3 and moment in ("SIGINT", "SIGTERM"):
-        kill(getattr(signal, moment))
+def train_until_killed(moment: str, args: dict) -> None:
+    save, log, write = torch.save, reinforce.Run.log, reinforce.Run.write
 
-def save_half_and_die(state, path):
-    save(state, path)
-    if state["step"] == 4 and moment == "while saving":
-        os.truncate(path, path.stat().st_size // 2)
-        kill()
+    def kill(number=signal.SIGKILL):
+        os.kill(os.getpid(), number)
 
-def write_and_die(run, name, save):
-    if name == "policy" and moment == "before the policy":
-        kill()
-    write(run, name, save)
+    def log_and_die(run, step, metrics, samples):
+        log(run, step, metrics, samples)
+        if step == 5 and moment == "between checkpoints":
+            with open(run.folder / "metrics.jsonl", "a") as file:
+                file.write('{"step": 6, "rew')  # killed in the middle of a line
+            kill()
+        if step == 3 and moment in ("SIGINT", "SIGTERM"):
+            kill(getattr(signal, moment))
 
-Run.log, Run.write, torch.save = log_and_die, write_and_die, save_half_and_die
-try:
-    reinforce.train(reinforce.tyro.cli(reinforce.Args))
-except KeyboardInterrupt as error:
-    sys.exit(str(error))
-"""
+    def save_half_and_die(state, path):
+        save(state, path)
+        if state["step"] == 4 and moment == "while saving":
+            os.truncate(path, path.stat().st_size // 2)
+            kill()
+
+    def write_and_die(run, name, save):
+        if name == "policy" and moment == "before the policy":
+            kill()
+        write(run, name, save)
+
+    reinforce.Run.log, reinforce.Run.write, torch.save = log_and_die, write_and_die, save_half_and_die
+    try:
+        reinforce.train(reinforce.Args(**args))
+    except KeyboardInterrupt as error:
+        sys.exit(str(error))
 
 
 def flags(**args) -> list[str]:
@@ -436,17 +454,15 @@ def flags(**args) -> list[str]:
 
 
 @pytest.mark.parametrize("moment", ["between checkpoints", "while saving", "before the policy", "SIGINT", "SIGTERM"])
-def test_a_killed_run_resumes_to_the_same_bits(model, straight, tmp_path, moment):
-    (tmp_path / "killer.py").write_text(KILLER)
+def test_a_killed_run_resumes_to_the_same_bits(model, straight, tmp_path, capfd, moment):
     folder = tmp_path / "run"
-    command = [sys.executable, "killer.py", moment, *flags(model=model, output_dir=folder, **(TINY | RESUMABLE))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    killed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    killed = fork(train_until_killed, moment, TINY | RESUMABLE | {"model": model, "output_dir": str(folder)})
+    killed.join()
     if moment.startswith("SIG"):
-        assert killed.returncode == 1 and f"stopped after step 3: go on with --resume {folder}" in killed.stderr
+        assert killed.exitcode == 1 and f"stopped after step 3: go on with --resume {folder}" in capfd.readouterr().err
         assert [row["step"] for row in read(folder)] == [0, 1, 2, 3]
     else:
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert killed.exitcode == -signal.SIGKILL
     assert not (folder / "policy").exists()
     reinforce.train(reinforce.Args(resume=str(folder)))
     assert read(folder) == read(straight)
@@ -458,13 +474,12 @@ def test_a_killed_run_resumes_to_the_same_bits(model, straight, tmp_path, moment
 def test_killed_at_a_random_moment(model, straight, tmp_path, seed):
     """kill -9 at any time after the first checkpoint: the folder can be resumed, to the same bits."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "nano_rl.reinforce", *flags(model=model, output_dir=folder, **(TINY | RESUMABLE))]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (folder / "checkpoint.pt").exists() and process.poll() is None:
+    process = fork(train_until_killed, "later", TINY | RESUMABLE | {"model": model, "output_dir": str(folder)})
+    while not (folder / "checkpoint.pt").exists() and process.is_alive():
         time.sleep(0.01)
     time.sleep(random.Random(seed).uniform(0, 1.5))
     process.kill()
-    process.wait()
+    process.join()
     reinforce.train(reinforce.Args(resume=str(folder)))
     assert read(folder) == read(straight)
     assert same(weights(folder), weights(straight))
@@ -495,85 +510,109 @@ def test_more_steps(model, straight, tmp_path):
     assert same(weights(folder), weights(straight)) and len(read(folder)) == 7, "its policy is saved again"
 
 
-def test_a_number_of_steps_that_is_the_default_is_given_too(model, tmp_path):
+def test_a_number_of_steps_that_is_the_default_is_given_too(model, tmp_path, monkeypatch):
     folder = run(model, tmp_path / "run", num_steps=1, eval_every=0)
-    command = [sys.executable, "-m", "nano_rl.reinforce", "--resume", str(folder), "--num-steps", "15"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert main(monkeypatch, "reinforce", "--resume", str(folder), "--num-steps", "15") == 0
     assert len(read(folder)) == 1 + 15
 
 
 # ---- Several processes, and a copied file ---------------------------------------------------------------------------
 
-DIVIDED = """
-import importlib, os, sys
-import torch
 
-file = importlib.import_module("nano_rl." + sys.argv.pop(1))
-args, rank, seeds, draws, grads = file.tyro.cli(file.Args), int(os.environ.get("RANK", 0)), -1, 0, []
-seeds -= args.lora_rank > 0  # the adapters have one of their own
-clip, sample = torch.nn.utils.clip_grad_norm_, file.sample
+def fork_group(processes: int, target: Callable, *inputs) -> list[int]:
+    """The exit codes of processes that know of each other, as under torchrun; each is given its rank first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
 
-# The same samples however the batch is divided: a row's numbers depend on its place in the whole batch.
-def set_seed(seed):
-    global seeds, draws
-    seeds, draws = seeds + 1, 0
-    torch.manual_seed(seed)
+    def join_and_run(rank: int) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier test has left
+        if processes > 1:
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update({name: str(value) for name, value in (ranks | {"MASTER_PORT": port}).items()})
+        target(rank, *inputs)
 
-def counting_sample(sampler, tokenizer, examples, temperature):
-    global draws, tokens
-    first = draws + rank * (16 if seeds % 2 == 0 else len(examples))  # evaluations have even numbers, and 32 rows
-    draws, tokens = draws + len(examples), 0
-    def rand(rows, one, **options):
-        global tokens
-        tokens += 1
-        generator = torch.Generator().manual_seed(1000 * seeds + tokens)
-        return torch.empty(100, 1, **options).uniform_(generator=generator)[first : first + rows]
-    torch.rand = rand
-    return sample(sampler, tokenizer, examples, temperature)
-
-def reward(prompts, completions, **columns):  # in the first step the second half has nothing
-    rows = range(rank * len(prompts), (rank + 1) * len(prompts))
-    return [len(text) / 40 * (seeds != 1 or row < 4) for row, text in zip(rows, completions)]
-
-def keep_and_clip(parameters, max_norm):
-    grads.append([parameter.grad.clone() for parameter in parameters])
-    return clip(parameters, max_norm)
-
-file.set_seed, file.sample, torch.nn.utils.clip_grad_norm_ = set_seed, counting_sample, keep_and_clip
-file.has_bfloat16 = lambda device: False  # its rounding depends on the batch
-file.train(args, reward)
-if rank == 0:
-    torch.save(grads, args.output_dir + "/grads.pt")
-"""
+    forked = [fork(join_and_run, rank) for rank in range(processes)]
+    for process in forked:
+        process.join(timeout=300)
+        process.kill()
+    return [process.exitcode for process in forked]
 
 
-def divided(tmp_path: Path, name: str, processes: int, **args) -> Path:
-    (tmp_path / "divided.py").write_text(DIVIDED)
-    folder = tmp_path / str(processes)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    arguments = flags(output_dir=folder, batch_size=8 // processes, **args)
-    command = [sys.executable, *(launch if processes > 1 else []), "divided.py", name, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 1/") == 2 and done.stdout.count("trained policy") == 1, "one process reports"
+def train_divided(rank: int, file, processes: int, args: dict) -> None:
+    """A row's random numbers depend on its place in the whole batch, however it is divided."""
+    clip, sample, load_policy = torch.nn.utils.clip_grad_norm_, file.sample, file.load_policy
+    place = {"seed": -1, "row": 0, "token": 0}
+    grads = []
+
+    def set_seed(seed):  # an evaluation has an even number, a step an odd one
+        place.update(seed=place["seed"] + 1, row=0)
+        torch.manual_seed(seed)
+
+    def load_policy_first(*inputs):  # adapters have a seed of their own
+        loaded = load_policy(*inputs)
+        place.update(seed=-1)
+        return loaded
+
+    def sample_by_place(sampler, tokenizer, examples, temperature):
+        first = place["row"] + rank * (32 // processes if place["seed"] % 2 == 0 else len(examples))
+        place.update(row=place["row"] + len(examples), token=0)
+
+        def rand(rows, one, **options):
+            place["token"] += 1
+            generator = torch.Generator().manual_seed(1000 * place["seed"] + place["token"])
+            return torch.empty(100, 1, **options).uniform_(generator=generator)[first : first + rows]
+
+        torch.rand = rand
+        return sample(sampler, tokenizer, examples, temperature)
+
+    def reward(prompts, completions, **columns):  # in the first step the second half has nothing
+        rows = range(rank * len(prompts), (rank + 1) * len(prompts))
+        return [len(text) / 40 * (place["seed"] != 1 or row < 4) for row, text in zip(rows, completions)]
+
+    def keep_and_clip(parameters, max_norm):
+        grads.append([parameter.grad.clone() for parameter in parameters])
+        return clip(parameters, max_norm)
+
+    file.set_seed, file.sample, file.load_policy = set_seed, sample_by_place, load_policy_first
+    torch.nn.utils.clip_grad_norm_ = keep_and_clip
+    file.has_bfloat16 = lambda device: False  # its rounding depends on the batch
+    folder = file.train(file.Args(**args), reward)
+    if rank == 0:
+        torch.save(grads, folder / "grads.pt")
+
+
+def divided(file, folder: Path, processes: int, **args) -> Path:
+    """The folder of a run by that many processes."""
+    args |= {"output_dir": str(folder), "batch_size": 8 // processes}
+    assert fork_group(processes, train_divided, file, processes, args) == [0] * processes
     return folder
 
 
 @pytest.mark.parametrize(
-    "name, options",
+    "file, options",
     [
-        ("reinforce", {"baseline": "none", "kl_coef": 0.1}),
-        ("reinforce", {"baseline": "ema", "kl_coef": 0.1, "whiten_advantages": True}),
-        ("reinforce", {"baseline": "mean", "lora_rank": 2, "learning_rate": 0.02}),
-        ("rloo", {"kl_coef": 0.1}),
+        (reinforce, {"baseline": "none", "kl_coef": 0.1}),
+        (reinforce, {"baseline": "ema", "kl_coef": 0.1, "whiten_advantages": True}),
+        (reinforce, {"baseline": "mean", "lora_rank": 2, "learning_rate": 0.02}),
+        (rloo, {"kl_coef": 0.1}),
+        (remax, {"kl_coef": 0.1}),
+        (raft, {"kl_coef": 0.1}),
+        (grpo, {"kl_coef": 0.1}),
+        (grpo, {"lora_rank": 2, "learning_rate": 0.02}),
+        (ppo, {"kl_coef": 0.1, "whiten_advantages": True, "num_epochs": 2, "num_minibatches": 1}),
     ],
+    ids=lambda value: value.__name__[8:] if hasattr(value, "train") else "-".join(value),
 )
-def test_two_processes_are_one_with_the_doubled_batch(model, tmp_path, name, options):
+def test_two_processes_are_one_with_the_doubled_batch(model, tmp_path, capfd, file, options):
     """In gradients, weights and metrics; the second process has nothing to gain in the first step."""
     args = TINY | {"num_steps": 2, "eval_every": 1, "model": model} | options
-    del args["batch_size"]
-    two, one = divided(tmp_path, name, 2, **args), divided(tmp_path, name, 1, **args)
+    if file is ppo:
+        args["value_warmup_steps"] = 1
+    two = divided(file, tmp_path / "two", 2, **args)
+    out = capfd.readouterr().out
+    assert out.count("step 1/") == 2 and out.count("trained policy") == 1, "one process reports"
+    one = divided(file, tmp_path / "one", 1, **args)
     for ours, theirs in zip(torch.load(two / "grads.pt"), torch.load(one / "grads.pt"), strict=True):
         largest = max(1.0, *(gradient.abs().max().item() for gradient in theirs))  # what float32 rounds a sum by
         for a, b in zip(ours, theirs, strict=True):
@@ -591,16 +630,37 @@ def test_two_processes_are_one_with_the_doubled_batch(model, tmp_path, name, opt
         assert len(read(two, name)) == len(read(one, name)), "no row is lost or written twice"
 
 
+def train_and_stop(rank: int, number: int, args: dict) -> None:
+    def reward(completions, **_):  # in a step: before the first there is nothing to save
+        if rank == 1 and Path(args["output_dir"], "metrics.jsonl").exists():
+            os.kill(os.getpid(), number)
+        return [0.1 * len(text) for text in completions]
+
+    try:
+        reinforce.train(reinforce.Args(**args), reward)
+    except KeyboardInterrupt as error:
+        sys.exit(str(error))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(model, tmp_path, capfd, number):
+    args = TINY | {"model": model, "output_dir": str(tmp_path / "run"), "num_steps": 100, "eval_every": 0}
+    assert fork_group(2, train_and_stop, number, args) == [1, 1]
+    assert capfd.readouterr().err.count(f"stopped after step 1: go on with --resume {tmp_path / 'run'}") == 2
+    assert torch.load(tmp_path / "run/checkpoint.pt")["step"] == 1
+    assert [row["step"] for row in read(tmp_path / "run")] == [0, 1]
+
+
 STOPPED = """
 import os, signal, sys
 import nano_rl.reinforce as reinforce
 
-number, target = getattr(signal, sys.argv.pop(1)), sys.argv.pop(1)
+number = getattr(signal, sys.argv.pop(1))
 
 def reward(completions, **_):  # in a step: before the first there is nothing to save
     if os.path.exists("run/metrics.jsonl") and not os.path.exists("sent") and os.environ["RANK"] == "1":
         open("sent", "w").close()
-        os.kill(os.getppid() if target == "torchrun" else os.getpid(), number)
+        os.kill(os.getppid(), number)
     return [0.1 * len(text) for text in completions]
 
 try:
@@ -611,13 +671,11 @@ except KeyboardInterrupt as error:
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("target", ["torchrun", "process"])
-def test_a_signal_stops_all_processes_after_the_same_step(model, tmp_path, number, target):
-    """Sent to one of them, or to torchrun, which passes it on."""
+def test_torchrun_passes_a_signal_on_to_all_processes(model, tmp_path, number):
     (tmp_path / "stopped.py").write_text(STOPPED)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = flags(model=model, output_dir="run", **(TINY | {"num_steps": 100, "eval_every": 0}))
-    command = [sys.executable, *launch, "stopped.py", number, target, *words]
+    command = [sys.executable, *launch, "stopped.py", number, *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     stopped = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert stopped.returncode, stopped.stderr
@@ -626,7 +684,7 @@ def test_a_signal_stops_all_processes_after_the_same_step(model, tmp_path, numbe
     assert [row["step"] for row in read(tmp_path / "run")] == list(range(step + 1)) and step < 100
 
 
-@pytest.mark.parametrize("file", MOVED, ids=lambda file: file.__name__[8:])
+@pytest.mark.parametrize("file", [reinforce, ppo], ids=lambda file: file.__name__[8:])
 def test_a_copied_file_trains_stops_at_ctrl_c_and_resumes(model, tmp_path, file):
     """Alone in an empty folder, without this project on the path; `.env` beside it is read."""
     shutil.copy(file.__file__, tmp_path)

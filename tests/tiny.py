@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import runpy
+import sys
 from pathlib import Path
 
 import torch
@@ -87,6 +89,7 @@ def as_batch(prompt: list[int], completions: list[list[int]], pad: int, left: in
     return {
         "input_ids": torch.tensor(input_ids),
         "attention_mask": torch.tensor(attention_mask),
+        "position_ids": (torch.tensor(attention_mask).cumsum(dim=1) - 1).clamp(min=0),
         "mask": torch.tensor(mask),
     }
 
@@ -117,3 +120,15 @@ def gradient(value: torch.Tensor, policy) -> torch.Tensor:
     """d value / d parameters, one flat vector."""
     grads = torch.autograd.grad(value, list(policy.parameters()), retain_graph=True)
     return torch.cat([grad.flatten() for grad in grads])
+
+
+def main(monkeypatch, name: str, *words: str) -> str | int:
+    """Runs `python -m nano_rl.<name>` in this process, and returns what it exits with: 0, or what it says on stderr."""
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, f"nano_rl.{name}", raising=False)  # runpy warns of a module that is there already
+        try:
+            runpy.run_module(f"nano_rl.{name}", run_name="__main__", alter_sys=True)
+        except SystemExit as exit:
+            return exit.code or 0
+    return 0

@@ -4,8 +4,9 @@
 
 Model, prompts, reward, completions and steps, temperature, precision, Adam, its constant learning rate and, for GRPO,
 the paper's loss are what nano_rl/rloo.py and grpo.py have by default, and there is no KL. The rest is TRL's default,
-such as fused attention, one pass for all completions and samples from float32 weights under autocast (ours come from a
-bfloat16 copy), but for gradient checkpointing, which is off: it costs time to save memory.
+such as one update on a batch (GRPO's here are two), fused attention, one pass for all completions and samples from
+float32 weights under autocast (ours come from a bfloat16 copy), but for gradient checkpointing, which is off: it costs
+time to save memory.
 """
 
 import json
