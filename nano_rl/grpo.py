@@ -11,7 +11,7 @@ r_i is the reward of completion y_i of prompt x_i, |y_i| its tokens, β is --kl-
 group with r = 1, 0, 0, 0 has A = 1.5, -0.5, -0.5, -0.5; one with equal r has A = 0.
 
 In the first update of a step π_θ is π_old, from the same pass: every ρ is exactly 1, its gradient is that of log π_θ,
-and nothing is clipped. With --num-updates 1 that is all. Later, (4) is constant in a ρ above 1+ε whose A is positive,
+and nothing is clipped. With --num-updates 1 that is all. Later, min is constant in a ρ above 1+ε whose A is positive,
 and in one below 1-ε whose A is negative. ρ does not correct for the changed probability of the tokens before it.
 
 B prompts a step with G completions of each make N = B·G over all processes, n of them in one process or micro-batch;
@@ -262,7 +262,7 @@ def load_policy(args: Args, device: torch.device) -> tuple:
         policy = peft.PeftModelForCausalLM(policy, config)
         return policy, None, make_sampler(policy, tokenizer, args), tokenizer
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
-    for module in ref_policy.modules():  # what autocast rounds is kept rounded, but for embeddings that are the head's
+    for module in ref_policy.modules():  # what autocast rounds is kept rounded, but the head: embeddings may share it
         if has_bfloat16(device) and type(module) is nn.Linear and module is not ref_policy.get_output_embeddings():
             module.to(torch.bfloat16)
     return policy, ref_policy, make_sampler(policy, tokenizer, args), tokenizer
@@ -312,7 +312,7 @@ def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: flo
 
 
 def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[str, Tensor]]:
-    """Parts of at most `max_tokens` tokens, longest completions first, without columns that are all padding."""
+    """Parts of one row or at most `max_tokens` tokens, longest completions first, without columns of padding."""
     lengths = batch["mask"].sum(dim=1)  # (n,)
     rows = lengths.argsort(descending=True, stable=True)
     while len(rows):
@@ -355,7 +355,7 @@ WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")  # an underscore ends a word, or
 MIN_WORDS = 64 / 3  # a story of fewer is brief
 
 
-def lexical_richness(completions: list, penalty: float, **_) -> list[float]:
+def lexical_richness(penalty: float, /, completions: list, **_) -> list[float]:
     """Distinct words / words (0 if there are none), less up to `penalty` for fewer words than MIN_WORDS."""
     texts = [WORD.findall(as_messages(c, "assistant")[-1]["content"].casefold()) for c in completions]
     return [len(set(text)) / max(1, len(text)) - penalty * max(0.0, 1 - len(text) / MIN_WORDS) for text in texts]
@@ -413,7 +413,7 @@ def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -
     if args.reward_model:
         return partial(score_by_model, model, tokenizer, deviations)
     if not args.reward_fn:
-        return partial(lexical_richness, penalty=args.brevity_penalty_scale)
+        return partial(lexical_richness, args.brevity_penalty_scale)
     try:
         module, function = args.reward_fn.split(":")
         return getattr(importlib.import_module(module), function)
@@ -422,7 +422,7 @@ def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -
 
 
 @torch.no_grad()
-def score_by_model(model: nn.Module, tokenizer, deviations: bool, prompts: list, completions: list, **_) -> list:
+def score_by_model(model, tokenizer, deviations: bool, /, prompts: list, completions: list, **_) -> list:
     """A reward model's score of each completion or, of K labels, the expected one of 1..K, with its deviation σ."""
     scores = []
     for prompt, completion in zip(prompts, completions):  # one by one: padding could move the token that is read
@@ -445,7 +445,7 @@ def score(reward_fn: Callable[..., list], examples: list[dict], completions: lis
     prompts = [example["prompt"] for example in examples]
     columns = {name: [e.get(name) for e in examples] for name in set().union(*examples) - {"prompt", "prompt_ids"}}
     answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
-    rewards = reward_fn(prompts=prompts, completions=answers, **columns)
+    rewards = reward_fn(**(columns | {"prompts": prompts, "completions": answers}))
     try:
         pairs = [reward if isinstance(reward, tuple) else (reward, 0.0) for reward in rewards]
         for (reward, _), answer in zip(pairs, answers, strict=True):
@@ -462,8 +462,8 @@ def evaluate(run, policy, ref_policy, sampler, tokenizer, prompts: list[dict], r
     """Held-out reward and words and, what the reward does not see, KL to π_ref and log π_ref of a token."""
     args, group_size = run.args, max(1, 32 // len(prompts))  # 32 completions or, of more prompts, one each
     examples = [example for example in run.share(prompts) for _ in range(group_size)]
-    samples, table = [], [torch.zeros(0, 5)]
-    set_seed(args.seed + run.rank)  # the same draws at every evaluation
+    samples, table = [], [torch.zeros(0, 5, dtype=torch.float64)]
+    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
     sampler.load_state_dict(policy.state_dict())
     for first in range(0, len(examples), args.batch_size):
         part = examples[first : first + args.batch_size]
@@ -639,7 +639,7 @@ class Run:
         """Saves the policy as a folder that from_pretrained loads, and returns the folder of the run."""
         if self.is_main and self.args.lora_rank:
             self.write("adapter", partial(policy.save_pretrained, save_embedding_layers=False))
-            weights, _ = load(AutoModelForCausalLM, self.args.model, self.device)  # again, in float32
+            weights, _ = load(AutoModelForCausalLM, self.args.model, torch.device("cpu"))  # again, in float32
             policy = type(policy).from_pretrained(weights, self.folder / "adapter").merge_and_unload()
         self.write("policy", lambda folder: (policy.save_pretrained(folder), tokenizer.save_pretrained(folder)))
         self.accelerator.print(f"trained policy: {self.folder / 'policy'}")

@@ -84,7 +84,7 @@ class Args:
 
 def reward(prompts, completions, **_) -> list[float]:
     texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-    return reinforce.lexical_richness(texts, penalty=0.0)
+    return reinforce.lexical_richness(0.0, texts)
 
 
 class Clock:

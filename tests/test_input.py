@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_run import LADDER, RESUMABLE, TINY, read, run, same, weights
-from tiny import main
+from tiny import main, save_reward_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nano_rl.grpo as grpo
@@ -239,6 +239,15 @@ def test_rewards_of_any_kind_of_number(model, tmp_path):
         assert rewards.tolist() == [1, 2] and deviations.tolist() == [0, 0] and rewards.dtype == torch.float64
     rewards, deviations = reinforce.score(lambda **_: [(1.5, 0.5), (2.5, 0.25)], examples, ["x", "y"])
     assert rewards.tolist() == [1.5, 2.5] and deviations.tolist() == [0.5, 0.25]
+
+
+def test_columns_may_have_any_name(model, tmp_path):
+    """Also those of what scores, and of what every reward function gets."""
+    columns = {"model": "m", "tokenizer": "t", "deviations": 1, "penalty": 2, "prompts": "p", "completions": "c"}
+    lines = [json.dumps({"prompt": f"the {word}"} | columns) for word in "abcd"]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    for folder, args in ("rm", {"reward_model": save_reward_model(tmp_path / "model")}), ("richness", {}):
+        run(model, tmp_path / folder, prompts=str(tmp_path / "prompts.jsonl"), num_steps=1, eval_every=0, **args)
 
 
 def test_an_output_folder_that_holds_something(model, tmp_path):

@@ -334,7 +334,7 @@ def test_reward_model_scores_one_text_at_a_time(tmp_path, num_labels, chat):
 
 def test_lexical_richness():
     def reward(text, penalty=0.0):
-        return reinforce.lexical_richness([text], penalty=penalty)[0]
+        return reinforce.lexical_richness(penalty, [text])[0]
 
     assert reward("The cat saw the dog") == pytest.approx(4 / 5)  # case-folded
     assert reward("don't don’t Straße STRASSE café") == pytest.approx(4 / 5)

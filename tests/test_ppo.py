@@ -250,6 +250,14 @@ def test_equal_advantages_are_whitened_to_zero(model, tmp_path):
     assert row["grad_norm"] == pytest.approx(0, abs=1e-5) and "explained_variance" not in row
 
 
+def test_one_token_is_whitened_to_zero(model, tmp_path):
+    """Not to NaN, with all weights after it."""
+    one = {"batch_size": 1, "max_new_tokens": 1, "whiten_advantages": True, "value_warmup_steps": 0, "num_steps": 1}
+    folder = run(model, tmp_path / "run", **one)
+    assert read(folder)[1]["grad_norm"] == 0
+    assert all(weight.isfinite().all() for weight in weights(folder).values())
+
+
 @pytest.mark.parametrize("flags", [{"num_minibatches": 3}, {"gae_lambda": 1.5}, {"gamma": 1.1}])
 def test_numbers_that_cannot_be(model, tmp_path, flags):
     with pytest.raises(ppo.InputError, match="--"):

@@ -210,7 +210,7 @@ def test_scst_scores_the_greedy_completion_of_the_same_prompts(model, tmp_path, 
     (prompts, temperature, sampled_with, _), (greedy_prompts, zero, greedy_with, greedy_texts) = calls
     assert prompts == greedy_prompts and torch.equal(sampled_with, greedy_with)
     assert temperature == TINY["temperature"] and zero == 0
-    expected = reinforce.lexical_richness(greedy_texts, penalty=reinforce.Args.brevity_penalty_scale)
+    expected = reinforce.lexical_richness(reinforce.Args.brevity_penalty_scale, greedy_texts)
     assert seen[0][3].tolist() == pytest.approx(expected)
 
 
