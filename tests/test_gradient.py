@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from tiny import all_completions, as_batch, exact_logprobs, float64, gradient, llama_config, make_policy
+from tiny import all_completions, as_batch, exact_logprobs, float64, fork, gradient, llama_config, make_policy
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -188,20 +188,7 @@ def losses(file, policy, value_model, part: dict[str, torch.Tensor]) -> list[tor
     return [file.compute_loss(logprobs, advantages, part["mask"], 4)]
 
 
-@pytest.mark.parametrize("place", ["cuda in bfloat16", "cuda in float32", "meta, with the backward pass"])
-@pytest.mark.parametrize("file", [reinforce, rloo, remax, raft, grpo, ppo], ids=lambda file: file.__name__[8:])
-def test_an_update_keeps_to_its_device(file, place, monkeypatch):
-    """Without a GPU: fake tensors have shapes, types and devices, and operations that mix devices fail.
-
-    Sampling and micro_batches are not in it, as they need real numbers. Autograd asks the driver of a "cuda" for its
-    context, even of a fake one, so the backward pass is on "meta", which mixes with the CPU as little.
-    """
-    device = place.split()[0].strip(",")
-    monkeypatch.setattr(file, "has_bfloat16", lambda _: "bfloat16" in place)
-    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
-    if device == "meta":  # which has no autocast
-        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+def check_update(file, device: str, dtype: torch.dtype) -> None:
     dtypes = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device(device):
@@ -215,10 +202,30 @@ def test_an_update_keeps_to_its_device(file, place, monkeypatch):
             assert loss.device.type == device and loss.shape == () and loss.requires_grad
             if device == "meta":
                 loss.backward()
-        assert set(dtypes) == {torch.bfloat16 if "bfloat16" in place else torch.float32}
+        assert set(dtypes) == {dtype}
         for weight in [*policy.parameters(), *(value_model.parameters() if file is ppo else [])]:
             if device == "meta":
                 assert weight.grad.device == weight.device and weight.grad.shape == weight.shape
         for name in part.keys() - {"attention_mask"}:  # which transformers moves by itself
             with pytest.raises(RuntimeError, match="device"):
                 losses(file, policy, value_model, part | {name: part[name].to("cpu")})
+
+
+@pytest.mark.parametrize("place", ["cuda in bfloat16", "cuda in float32", "meta, with the backward pass"])
+@pytest.mark.parametrize("file", [reinforce, rloo, remax, raft, grpo, ppo], ids=lambda file: file.__name__[8:])
+def test_an_update_keeps_to_its_device(file, place, monkeypatch):
+    """Without a GPU: fake tensors have shapes, types and devices, and operations that mix devices fail.
+
+    Sampling and micro_batches are not in it, as they need real numbers. Autograd asks the driver of a "cuda" for its
+    context, even of a fake one, so the backward pass is on "meta", which mixes with the CPU as little. There it starts
+    threads, with which no process can fork and train, as other tests do: hence a process of its own.
+    """
+    device = place.split()[0].strip(",")
+    monkeypatch.setattr(file, "has_bfloat16", lambda _: "bfloat16" in place)
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    if device == "meta":  # which has no autocast
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    process = fork(check_update, file, device, torch.bfloat16 if "bfloat16" in place else torch.float32)
+    process.join()
+    assert process.exitcode == 0

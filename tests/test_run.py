@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from tiny import gpt2_config, llama_config, main, make_tokenizer, save_policy, save_reward_model
+from tiny import fork, gpt2_config, llama_config, main, make_tokenizer, save_policy, save_reward_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nano_rl import grpo, ppo, raft, reinforce, remax, rloo
@@ -404,13 +404,6 @@ def straight(model, tmp_path_factory) -> Path:
 
 
 RESUMABLE = dict(num_steps=6, save_minutes=0, baseline="ema", kl_coef=0.1)
-
-
-def fork(target: Callable, *inputs) -> torch.multiprocessing.Process:
-    """A process that starts as a copy of this one, without importing anything again."""
-    process = torch.multiprocessing.get_context("fork").Process(target=target, args=inputs)
-    process.start()
-    return process
 
 
 def train_until_killed(moment: str, args: dict) -> None:
