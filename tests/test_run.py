@@ -610,6 +610,9 @@ def test_two_processes_are_one_with_the_doubled_batch(model, tmp_path, capfd, fi
         largest = max(1.0, *(gradient.abs().max().item() for gradient in theirs))  # what float32 rounds a sum by
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6 * largest, rtol=1e-4)
+    ours, theirs = weights(two), weights(one)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=0)
     first_step = [
         row["reward"] for row in read(two, "completions.jsonl") if (row["step"], row["split"]) == (1, "train")
     ]
