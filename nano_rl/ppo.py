@@ -32,7 +32,7 @@ Differs from the papers:
     2. A completion cut off at --max-new-tokens is scored and trained like any other: V is 0 after it.
     3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
     4. (6) and (7) sum over a completion's tokens; the papers average over all tokens of a batch.
-    5. V has weights of its own, so (7) needs no coefficient. There is no entropy bonus.
+    5. V has weights of its own, so (7) needs no coefficient. No entropy bonus.
     6. A is whitened on demand, not by default.
 
 Run: uv run -m nano_rl.ppo
@@ -229,7 +229,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
             minibatch = {name: tensor[rows] for name, tensor in batch.items()}
             minibatches.append(list(micro_batches(minibatch, args.micro_batch_tokens)))
         parts = [part for minibatch in minibatches for part in minibatch]
-        for part in parts:
+        for part in parts:  # no_grad rounds otherwise
             part["old_logprobs"] = compute_logprobs(policy, part, args.temperature).detach()  # (n, T)
             part["old_values"] = compute_values(value_model, part).detach()  # (n, T)
             ref_logprobs = score_ref_logprobs(policy, ref_policy, part, args) if args.kl_coef else part["old_logprobs"]
