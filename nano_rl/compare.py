@@ -138,7 +138,7 @@ def load_prompts(args: Args, tokenizer, context: int) -> list[dict]:
             ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template brings its own
             if not 0 < len(ids) <= room:
                 raise ValueError(f"{len(ids)} tokens; the model's {context} less --max-new-tokens leave {room}")
-            examples[-1]["prompt_ids"] = ids
+            examples[-1] |= {"prompt_ids": ids, "prompt_text": text}
     if len(examples) < 3:
         sys.exit(f"{source}: needs 3 prompts or more, as at least 2 are held out")
     return examples
@@ -176,7 +176,7 @@ def load_reward_fn(args: Args, device: torch.device) -> Callable[..., list[float
 def score(reward_fn: Callable[..., list[float]], examples: list[dict], completions: list[str]) -> Tensor:
     """Rewards (n,); exits where the function fails, and says in which line or on which completion."""
     prompts = [example["prompt"] for example in examples]
-    columns = set().union(*examples) - {"prompt", "prompt_ids"}
+    columns = set().union(*examples) - {"prompt", "prompt_ids", "prompt_text"}
     columns = {name: [example.get(name) for example in examples] for name in columns}
     # As in TRL, a conversation is answered by a message and a text by a text.
     answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
@@ -251,34 +251,19 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
 
 
 @torch.no_grad()
-def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: float, group_size: int = 1) -> tuple:
+def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: float) -> tuple[dict, list[str]]:
     """A completion of each prompt, at temperature 0 the greedy one: the batch, (n, P + T) and (n, T), and n texts."""
     prompts = {"input_ids": [example["prompt_ids"] for example in examples]}
     prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(sampler.device)  # (n, P)
-
-    def draw(_, logits: Tensor) -> Tensor:
-        # One random number a row, looked up in the summed distribution; generate's own sampling draws V of them.
-        cdf = (logits / temperature).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)  # (n, V)
-        threshold = cdf[:, -1:] * torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device)  # (n, 1)
-        tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (n, 1)
-        return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
-
-    prefix_cache = None
-    if group_size > 1 and prompts["input_ids"].shape[1] > 1 and not sampler.generation_config.cache_implementation:
-        # A group's prompt, but for its last token, is read once.
-        prefix = {name: tensor[::group_size, :-1] for name, tensor in prompts.items()}  # (B, P - 1)
-        position_ids = (prefix["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        prefix_cache = sampler(**prefix, position_ids=position_ids, logits_to_keep=1, use_cache=True).past_key_values
-        prefix_cache.batch_repeat_interleave(group_size)
-    processors = [draw] if temperature else []
-    input_ids = sampler.generate(**prompts, past_key_values=prefix_cache, logits_processor=processors)  # (n, P + T)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    input_ids = sampler.generate(**prompts, **how)  # (n, P + T)
     completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (n, T)
     stop_ids = torch.tensor(sampler.generation_config.eos_token_id or [], device=sampler.device)
     is_stop = torch.isin(completion_ids, stop_ids).long()  # (n, T)
     mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (n, T), 1 up to and including the first stop
     attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (n, P + T)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask, "terminated": is_stop.any(dim=1)}
-    texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask.bool())]
+    texts = [tokenizer.decode(ids[keep]) for ids, keep in zip(completion_ids, mask > is_stop)]  # tags may be special
     return batch, texts
 
 
@@ -300,15 +285,16 @@ def complete(args: Args, name: str, device: torch.device) -> tuple[nn.Module, ob
     policy, tokenizer = load(AutoModelForCausalLM, name, device)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", sys.maxsize)
     examples = load_prompts(args, tokenizer, context)
-    num_held_out = max(2, min(32, len(examples) // 4))
-    examples = examples if args.all_prompts else examples[-num_held_out:]
+    rows = {example["prompt_text"]: example for example in examples}  # one of each prompt
+    num_held_out = max(2, min(32, len(rows) // 4))  # those that a run holds out
+    examples = examples if args.all_prompts else list(rows.values())[-num_held_out:]
     examples = [example for example in examples for _ in range(args.num_samples)]
     sampler = make_sampler(policy.requires_grad_(False), tokenizer, args)  # frozen: it shares the weights
     size = max(1, 32 // args.num_samples) * args.num_samples  # as in a run's evaluation, of whole prompts
     completions = []
     for start in tqdm(range(0, len(examples), size), disable=not sys.stderr.isatty()):
         set_seed(args.seed + start)  # the same draws for every policy, however long the last batch was
-        completions += sample(sampler, tokenizer, examples[start : start + size], args.temperature, args.num_samples)[1]
+        completions += sample(sampler, tokenizer, examples[start : start + size], args.temperature)[1]
     return sampler, tokenizer, examples, completions
 
 

@@ -8,16 +8,17 @@ Cobbe et al. 2021 (arXiv 2110.14168): 8,792 school problems, {"question": ..., "
     p    = 1/n Σ_i r(y_i)                                    accuracy of one greedy answer to each of n questions   (3)
     SE   = √(p (1 - p) / (n - 1))                            its standard error, over the questions                 (4)
 
-v(y) is an exact fraction, or nothing. In the last <answer>, or in all of y if there is none, it is
-    the number after the last ####, else the first number in the last \boxed{}, else the last number of all.
-    one number each:       1,234  1,00,000  -$5.00  $-5  .5  12.  1.5e3  3/4  3 1/2  3½  \frac{3}{4}  −7  ٣
+v(y) is an exact fraction, or nothing. In the last <answer>, or in all of y if there is none, it is the number after
+    #### or the one in \boxed{}, whichever comes last, else the last number of all. "#### 1. Add" is a heading.
+    one number each:       1,234  1 234  1,00,000  -$5.00  $-5  .5  12.  1.5e3  3/4  3 1/2  3½  \frac{3}{4}  −7  ٣
     no unit is read:       50% and 50 apples are 50; 5k and 5 million are 5; the 2 of m^2 is part of the unit
-    nothing, so r(y) = 0:  1/0  3:30  5/6/2024  1.2.3  1,23  1_000  10^6, and a number of more than 50 characters
+    nothing, so r(y) = 0:  1/0  3:30  5/6/2024  1.2.3  1,23  1_000  10^6, and a number of more than 50 characters;
+    a part of the answer:  2\sqrt{3}  5\pi  \frac{\sqrt{3}}{2}  3 × 4, and of a box also  3, 4  x = 3, y = 4
     a sign touches its number, so "- 7" is 7; in 16-9 and 5–7 there is none
 
 A policy finds whatever breaks its reward. So nothing is evaluated: no eval, no powers (a tower of fives hung a library
 for this, github.com/huggingface/Math-Verify/issues/65). Only the last 10,000 characters are read, in a time linear in
-their number. A row whose own answer has no number is an error, as it could only teach noise.
+their number. A row whose own answer has no number, or several, is an error, as it could only teach noise.
 
 Differs from the papers:
     1. Cobbe et al. read only what follows ####, as they trained for it. Here, without a mark, the last number counts:
@@ -81,33 +82,97 @@ def one_line(advice: str) -> Iterator[None]:
 
 # ---- Rewards: read a number, compare it -----------------------------------------------------------------------------
 TAIL = 10_000  # characters from the end of a completion that are read
-DASHES, SPACES = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "\u2009\u202f"  # the spaces divide thousands
-PLAIN = str.maketrans(DASHES + "\uff0c\u066c\uff0e\u066b\u2044\u2215", "-" * len(DASHES) + ",,..//", SPACES)
+DASHES = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"
+SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000~"
+PLAIN = str.maketrans(
+    DASHES + SPACES + "\uff0c\u066c\uff0e\u066b\u2044\u2215", "-" * len(DASHES) + " " * len(SPACES) + ",,..//"
+)
+PLAIN |= str.maketrans({"\u2019": "'", "\u200b": "", "\u2060": ""})
 PLAIN |= str.maketrans({"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "²": "^2", "³": "^3"})
-LATEX = (r"\$", "$"), (r"\,", ""), (r"\!", ""), ("{,}", ","), ("^{", "^")
+LATEX = (
+    (r"\$", "$"),
+    (r"\,", " "),
+    (r"\;", " "),
+    (r"\:", " "),
+    ("\\ ", " "),
+    (r"\!", ""),
+    ("{,}", ","),
+    ("{ }", " "),
+    ("^{", "^"),
+)
+THOUSANDS = re.compile(r"(?<![\d.,/])\d{1,3}(?: \d{3})++(?!\d| ?/)")  # 1 234, but not the 3 125/1000 of a mixed number
+DIGIT = re.compile(r"(\\[cdt]?frac\s*(?:\{[^{}]{1,50}\})?)\s*(\d)")  # \frac12 has no braces
 FRACTION = re.compile(r"(-?)\\[cdt]?frac\s*\{\s*([-\d.,]{1,50})\s*\}\s*\{\s*([-\d.,]{1,50})\s*\}")
 # All that looks like one number is one match, of which `as_fraction` judges: of 3:30 neither 3 nor 30 is the answer.
 # ++, *+ and ?+ never give back what they took, and {0,20} is short: the time is linear in the text.
 DIGITS = r"(?:\d++(?:(?:[.,:_']|\^-?)\d++)*+|(?<!\.)\.\d++)(?:[eE][-+]?\d++)?+"
 SIGN = r"(?:(?<![-\dA-Za-z_^)}\]])(-)(?=[$€£¥₹]?[\d.]))?+"
 NUMBER = rf"(?<![\dA-Za-z_^]){SIGN}[$€£¥₹]?(?:(\d++) (?=\d++/\d))?({DIGITS})((?: ?/ ?-?{DIGITS})*+)"
-PLACES = [re.compile(before + NUMBER) for before in (r"####[^\w\n]{0,20}?", r"\\boxed\s*\{[^}]{0,50}?", "")]
+HEADING = r"(?![.):][*_]*[ \t]+\S)"  # "#### 1. Add" begins a step, it is no answer
+MARK = re.compile(rf"####[^\w\n]{{0,20}}?{NUMBER}{HEADING}")
+BOX = re.compile(r"\\boxed\s*\{")
+NUMBER = re.compile(NUMBER)
+OPERATOR = r"\\sqrt|√|\\pi|π|\\times|×|\\cdot|·|\\pm|±|\\div|÷"
+BEFORE = re.compile(rf"(?:(?:{OPERATOR})\s*\{{?|\\[cdt]?frac\s*\{{|\}}\s*\{{)\s*\Z")
+AFTER = re.compile(rf"\s*(?:{OPERATOR})")
+UNIT = re.compile(
+    r"\\(?:text|mathrm|mbox)\s*\{[^{}]{0,200}\}|(?<![A-Za-z])[A-Za-z]++\^-?\d+|\^\s*\\circ"
+)  # has no answer
+OTHER = re.compile(r"[+*!^<>|∞≤≥≠]|\\(?!text|math|mbox|left|right|quad)[A-Za-z]|[\w)}]\s*[-/]\s*\Z")
 TERM = re.compile(r"-?(?:\d+|\d{1,3}(?:,\d{2,3})*,\d{3})?(?:\.\d+)?(?:[eE][-+]?\d{1,2})?")
 FORM = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
 
 
 def parse_answer(text: str) -> Fraction | None:
-    r"""v(text): the number in <answer>, after ####, in \boxed{} or the last one; None where there is none."""
+    r"""v(text): the number in <answer>, after #### or in \boxed{}, or the last one; None where there is none."""
+    text = plain(text)
+    marks, boxes = list(MARK.finditer(text)), list(BOX.finditer(text))
+    if boxes and (not marks or marks[-1].end() < boxes[-1].start()):
+        content = inside(text, boxes[-1].end())
+        if UNIT.sub(" ", content).strip():
+            return only_number(content)
+    if marks:
+        return None if AFTER.match(text, marks[-1].end()) else as_fraction(*marks[-1].groups())
+    numbers = list(NUMBER.finditer(text))
+    return None if not numbers or is_part(text, numbers[-1]) else as_fraction(*numbers[-1].groups())
+
+
+def plain(text: str) -> str:
+    """What is read of a text, with one way to write a number."""
     if len(text) > TAIL:
         text = text[-TAIL:].lstrip("0123456789.,:/")  # the cut may have left half a number
     text = text.rpartition("<answer>")[2].partition("</answer>")[0].translate(PLAIN)
-    for latex, plain in LATEX:
-        text = text.replace(latex, plain)
-    text = FRACTION.sub(r" \1\2/\3", text)  # the space makes 3\frac{1}{2} the mixed number 3 1/2
-    for place in PLACES:
-        if matches := list(place.finditer(text)):
-            return as_fraction(*matches[-1].groups())
-    return None
+    for latex, character in LATEX:
+        text = text.replace(latex, character)
+    text = THOUSANDS.sub(lambda number: number[0].replace(" ", ""), text)
+    text = DIGIT.sub(r"\1{\2}", DIGIT.sub(r"\1{\2}", text))
+    return FRACTION.sub(r" \1\2/\3", text)  # the space makes 3\frac{1}{2} the mixed number 3 1/2
+
+
+def inside(text: str, start: int) -> str:
+    """From `start` to the brace that closes, or to the end."""
+    depth = 1
+    for end in range(start, len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if not depth:
+            return text[start:end]
+    return text[start:]
+
+
+def is_part(text: str, number: re.Match) -> bool:
+    """Whether it is a factor, under a root or part of a fraction: the answer is then more than the number."""
+    return bool(BEFORE.search(text[max(0, number.start() - 20) : number.start()]) or AFTER.match(text, number.end()))
+
+
+def only_number(text: str) -> Fraction | None:
+    """The one number of a text, which may be a result, as in "9 + 9 = 18"; None where there are others."""
+    steps, _, result = UNIT.sub(" ", text.replace("**", "")).rpartition("=")
+    numbers = list(NUMBER.finditer(result))
+    if len(numbers) != 1 or is_part(result, numbers[0]) or re.search(r"[,;]|\bor\b|\band\b", steps):
+        return None
+    if OTHER.search(result[: numbers[0].start()]) or OTHER.search(result[numbers[0].end() :]):
+        return None
+    return as_fraction(*numbers[0].groups())
 
 
 def as_fraction(sign: str | None, whole: str | None, number: str, divisors: str) -> Fraction | None:
@@ -130,9 +195,13 @@ def as_text(completion: str | list[dict]) -> str:
 
 
 def parse_gold(answer: str | float, prompt: str | list[dict]) -> Fraction:
-    gold = parse_answer(str(answer))
-    if gold is None:
-        raise ValueError(f"no number in the answer {answer!r:.200} to {prompt!r:.200}")
+    """v of a row's answer, which must be one number, or a text of four words or more that ends in one."""
+    text = plain(str(answer)).rpartition("####")[2]
+    prose = len(re.findall(r"[^\W\d_]{2,}", UNIT.sub(" ", text))) >= 4
+    boxes = {inside(text, box.end()) for box in BOX.finditer(text)}
+    gold = parse_answer(str(answer)) if prose or boxes else only_number(text)
+    if gold is None or len(boxes) > 1:
+        raise ValueError(f"no number, or several, in the answer {answer!r:.200} to {prompt!r:.200}")
     return gold
 
 
@@ -238,34 +307,19 @@ def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
 
 
 @torch.no_grad()
-def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: float, group_size: int = 1) -> tuple:
+def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: float) -> tuple[dict, list[str]]:
     """A completion of each prompt, at temperature 0 the greedy one: the batch, (n, P + T) and (n, T), and n texts."""
     prompts = {"input_ids": [example["prompt_ids"] for example in examples]}
     prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(sampler.device)  # (n, P)
-
-    def draw(_, logits: Tensor) -> Tensor:
-        # One random number a row, looked up in the summed distribution; generate's own sampling draws V of them.
-        cdf = (logits / temperature).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)  # (n, V)
-        threshold = cdf[:, -1:] * torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device)  # (n, 1)
-        tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (n, 1)
-        return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
-
-    prefix_cache = None
-    if group_size > 1 and prompts["input_ids"].shape[1] > 1 and not sampler.generation_config.cache_implementation:
-        # A group's prompt, but for its last token, is read once.
-        prefix = {name: tensor[::group_size, :-1] for name, tensor in prompts.items()}  # (B, P - 1)
-        position_ids = (prefix["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        prefix_cache = sampler(**prefix, position_ids=position_ids, logits_to_keep=1, use_cache=True).past_key_values
-        prefix_cache.batch_repeat_interleave(group_size)
-    processors = [draw] if temperature else []
-    input_ids = sampler.generate(**prompts, past_key_values=prefix_cache, logits_processor=processors)  # (n, P + T)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    input_ids = sampler.generate(**prompts, **how)  # (n, P + T)
     completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (n, T)
     stop_ids = torch.tensor(sampler.generation_config.eos_token_id or [], device=sampler.device)
     is_stop = torch.isin(completion_ids, stop_ids).long()  # (n, T)
     mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (n, T), 1 up to and including the first stop
     attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (n, P + T)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask, "terminated": is_stop.any(dim=1)}
-    texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask.bool())]
+    texts = [tokenizer.decode(ids[keep]) for ids, keep in zip(completion_ids, mask > is_stop)]  # tags may be special
     return batch, texts
 
 

@@ -240,9 +240,9 @@ def test_the_numbers_are_those_of_a_runs_own_evaluation(model, tmp_path, monkeyp
 def test_all_prompts_in_batches_of_whole_prompts(model, tmp_path, monkeypatch):
     seeds, batches, sample = [], [], compare.sample
 
-    def spy(sampler, tokenizer, examples, temperature, group_size):
+    def spy(sampler, tokenizer, examples, temperature):
         batches.append([example["prompt"] for example in examples])
-        return sample(sampler, tokenizer, examples, temperature, group_size)
+        return sample(sampler, tokenizer, examples, temperature)
 
     monkeypatch.setattr(compare, "sample", spy)
     monkeypatch.setattr(compare, "set_seed", seeds.append)

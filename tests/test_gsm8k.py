@@ -42,7 +42,36 @@ PARSED = [
     ("#### 50%", 50),
     ("#### 3:30", None),
     ("#### 9:30 to 10", None),  # what follows the mark is the answer, even where it is none
+    ("#### 1. Add 9 and 9.\nThat is \\boxed{18}", 18),  # a heading of level four is no answer
+    ("#### 1) Add\n#### 2) Multiply\nThe answer is \\boxed{18}.", 18),
+    ("#### 2. Multiply: 9 times 2 are 18", 18),
+    ("#### 5\nNo, it is \\boxed{18}", 18),  # the later of the two
+    ("#### 18.", 18),
+    ("#### **1.** Add 9 and 9: 18", 18),
+    ("#### 2\\sqrt{3}", None),
+    ("#### 3 × 4", None),
     # in \boxed{}
+    ("\\boxed{2\\sqrt{3}}", None),
+    ("\\boxed{\\frac{\\sqrt{3}}{2}}", None),
+    ("\\boxed{5\\pi}", None),
+    ("\\boxed{3, 4}", None),
+    ("\\boxed{x = 3, y = 4}", None),
+    ("\\boxed{9 + 9 = 18}", 18),
+    ("\\boxed{\\textbf{72}}", 72),
+    ("\\boxed{1~234}", 1234),
+    ("12{\\,}345", 12345),
+    ("1’234", None),
+    ("x = 3, so \\boxed{\\frac12}", HALF),
+    ("\\boxed{\\frac1{2}}", HALF),
+    ("\\boxed{\\frac{1}2}", HALF),
+    ("x = 3, so \\boxed{\\pi}", None),
+    ("\\boxed{18\\text{ or }20}", None),
+    ("\\boxed{90^\\circ}", 90),
+    ("\\boxed{x \\ge 3}", None),
+    ("\\boxed{x + 3}", None),
+    ("\\boxed{x - 3}", None),
+    ("\\boxed{50\\%}", 50),
+    ("\\boxed{1\\;234}", 1234),
     ("\\boxed{72}", 72),
     ("So \\boxed{72} apples for 3 children.", 72),
     ("\\boxed{1} or \\boxed{2}", 2),
@@ -116,6 +145,16 @@ PARSED = [
     ("٣٫٥", 3 + HALF),
     ("١٬٢٣٤", 1234),
     ("1\u202f234 km", 1234),
+    ("1\u00a0234", 1234),
+    ("1\u2009234\u2009567", 1234567),
+    ("1 234.5 m", Fraction("1234.5")),
+    ("3\u00a01/2", 3 + HALF),
+    ("in 2023 100 people", 100),
+    ("It is 2\\sqrt{3}.", None),
+    ("It is 2√3", None),
+    ("\\frac{\\sqrt{3}}{2}", None),
+    ("so 3 × 4", None),
+    ("3 × 4 = 12", 12),
     # no number, or no single one
     ("", None),
     ("seventy-two", None),
@@ -253,7 +292,23 @@ def test_messages_and_odd_messages():
 def test_a_row_without_a_number_is_an_error_of_the_data(answer):
     with pytest.raises(ValueError) as error:
         correct(["How many?", "Which row?"], ["1", "2"], ["1", answer])
-    assert str(error.value) == f"no number in the answer {answer!r} to 'Which row?'"
+    assert str(error.value) == f"no number, or several, in the answer {answer!r} to 'Which row?'"
+
+
+SEVERAL = ["2\\sqrt{3}", "#### 2\\sqrt{3}", "\\boxed{2\\sqrt{3}}", "3, 4", "x = 3 or x = 5", "5\\pi", "#### 3 or 5"]
+SEVERAL += ["\\boxed{3} or \\boxed{5}", "\\ln 2", "5!", "2^n", "3 + i", "\\pi/2"]
+
+
+@pytest.mark.parametrize("answer", SEVERAL)
+def test_a_row_with_more_than_one_number_is_an_error_of_the_data(answer):
+    """`2\\sqrt{3}` was read as 3, so that 3 was right: a part of an expression is not taken for the whole."""
+    with pytest.raises(ValueError, match="no number, or several, in the answer"):
+        correct(["q"], ["\\boxed{3}"], [answer])
+
+
+@pytest.mark.parametrize("answer", ["72 eggs", "50 m^2", "1\u00a0234", "9 + 9 = 18", "-3 1/2", "So she has 3 + 4 = 7"])
+def test_golds_with_a_unit_or_a_way(answer):
+    assert gsm8k.parse_gold(answer, "q") == parse_answer(answer)
 
 
 FORM = "<think>16 - 9 = 7</think> <answer>7</answer>"
@@ -393,7 +448,10 @@ def refused(*inputs, **flags) -> str:
         ('{"question": null, "answer": "1"}', "TypeError"),
         ('["a"]', "TypeError"),
         ("", "JSONDecodeError"),
-        ('{"question": "a", "answer": "#### none"}', "ValueError: no number in the answer '#### none' to 'a'"),
+        (
+            '{"question": "a", "answer": "#### none"}',
+            "ValueError: no number, or several, in the answer '#### none' to 'a'",
+        ),
         ('{"question": "%s", "answer": "1"}' % ("sun " * 60), "the model's 64 less --max-new-tokens leave 56"),
     ],
 )
