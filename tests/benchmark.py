@@ -11,7 +11,7 @@ Each run is a process of its own, and the two take turns. Model, prompts, group 
 other settings are those of tests/trl_run.py.
 
 --memory shows the peak of each file instead, with all weights trained and with adapters; --generation, for a GPU, the
-speed of sampling from random weights: eager, with --static-cache, and with transformers' continuous batching.
+speed of sampling from random weights: eager, with a static cache, and with transformers' continuous batching.
 """
 
 import importlib
@@ -275,15 +275,17 @@ def show_generation(model, tokenizer, rows: tuple[int, ...], length: int, bandwi
     if model.device.type == "cuda":  # on a CPU it fills the memory with its pages
         ways.append("continuous batching")
     for way in ways:
-        args = reinforce.Args(max_new_tokens=length, static_cache=way == "static cache")
-        samplers[way] = reinforce.make_sampler(model, tokenizer, args)
+        samplers[way] = reinforce.make_sampler(model, tokenizer, reinforce.Args(max_new_tokens=length))
+        samplers[way].generation_config.cache_implementation = "static" if way == "static cache" else None
         samplers[way].generation_config.eos_token_id = None  # the full length
-        samplers[way].generation_config.do_sample = way == "continuous batching"  # `sample` draws by itself
+        samplers[way].generation_config.do_sample = way == "continuous batching"  # `sample` says so itself
     for n, way in itertools.product(rows, samplers):
         if way == "continuous batching":
             function = partial(samplers[way].generate_batch, [prompt_ids] * n)
         else:
-            function = partial(reinforce.sample, samplers[way], tokenizer, [{"prompt_ids": prompt_ids}] * n, 1.0)
+            function = partial(
+                reinforce.sample, samplers[way], tokenizer, [{"prompt_ids": prompt_ids, "begun": ""}] * n, 1.0
+            )
         seconds = best_seconds(function, repeats=3) / length  # the first of them also compiles
         job = {"completions": n, "length": length}
         least = bounds(model, job, len(prompt_ids), (1.0, bandwidth), samplers[way].dtype)["sampling"] / length

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -282,13 +283,17 @@ def variance(args: Args, options: reinforce.Args | None = None, num_batches: int
     squares = dict.fromkeys(BASELINES, 0.0)  # Σ ‖g‖²
     shuffle = random.Random(0)
     torch.manual_seed(0)
-    _, completions = reinforce.sample(sampler, tokenizer, held_out, options.temperature)
-    ema = reinforce.score(reward_fn, held_out, completions)[0].mean().item()  # as a run starts it
+    run = SimpleNamespace(state={"step": 0}, args=options)
+
+    def sample_and_score(prompts: list[dict], temperature: float) -> tuple[dict, torch.Tensor]:
+        batch, completions = reinforce.sample(sampler, tokenizer, prompts, temperature)
+        return batch, reinforce.score(run, reward_fn, prompts, batch, completions)[0]
+
+    ema = sample_and_score(held_out, options.temperature)[1].mean().item()  # as a run starts it
     for _ in range(num_batches):
         drawn = shuffle.sample(examples, options.batch_size)
-        batch, completions = reinforce.sample(sampler, tokenizer, drawn, options.temperature)
-        _, greedy = reinforce.sample(sampler, tokenizer, drawn, temperature=0.0)
-        rewards, greedy_rewards = [reinforce.score(reward_fn, drawn, texts)[0] for texts in (completions, greedy)]
+        batch, rewards = sample_and_score(drawn, options.temperature)
+        _, greedy_rewards = sample_and_score(drawn, temperature=0.0)
         for name in BASELINES:
             advantages = reinforce.compute_advantages(rewards, name, ema, greedy_rewards, whiten=False)
             batch["advantages"] = advantages.float()

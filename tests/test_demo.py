@@ -59,7 +59,7 @@ def test_without_the_wheel_the_hub_is_asked(monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
     with pytest.raises(reinforce.InputError, match="^cannot load HuggingFaceTB/SmolLM2-135M-Instruct"):
         reinforce.load(AutoModelForCausalLM, reinforce.Args.model, CPU)
-    assert asked == [("HuggingFaceTB/SmolLM2-135M-Instruct", {})]
+    assert asked == [("HuggingFaceTB/SmolLM2-135M-Instruct", {"trust_remote_code": False})]
 
 
 @pytest.mark.slow

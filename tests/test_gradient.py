@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from tiny import all_completions, as_batch, exact_logprobs, float64, fork, gradient, llama_config, make_policy
+from tiny import all_completions, as_batch, exact_logprobs, float64, fork, gradient, llama_config, make_policy, score
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -132,7 +132,7 @@ def test_advantages_by_hand():
 @pytest.mark.parametrize("n", [3, 7, 16])
 def test_equal_rewards_have_an_advantage_of_exactly_zero(value, n):
     """As `score` returns them: the sum of a few float32 numbers is exact in float64."""
-    rewards, _ = reinforce.score(lambda completions, **_: [value] * n, [{"prompt": ""}] * n, [""] * n)
+    rewards, _ = score(reinforce, lambda **_: [value] * n, [""] * n)
     assert rewards.dtype == torch.float64
     for whiten in (False, True):
         assert advantages_of(rewards, "mean", whiten=whiten).tolist() == [0] * n

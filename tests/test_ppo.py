@@ -13,6 +13,7 @@ from tiny import (
     llama_config,
     make_policy,
     make_tokenizer,
+    save_policy,
     save_reward_model,
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, GraniteConfig
@@ -148,7 +149,7 @@ def test_values_start_at_the_held_out_reward_or_at_a_reward_models(model, tmp_pa
 
 
 def test_value_models_that_cannot_be(model, tmp_path):
-    """Several labels, another architecture, fewer tokens; and none without a head for scores."""
+    """Several labels, another architecture, fewer tokens or positions; and none without a head for scores."""
     tokenizer = make_tokenizer()
     others = {
         "labels": save_reward_model(tmp_path / "labels", num_labels=3),
@@ -156,9 +157,13 @@ def test_value_models_that_cannot_be(model, tmp_path):
         "tokens": save_reward_model(tmp_path / "tokens", config=llama_config(9, pad_token_id=0)),
     }
     for name in others.values():
-        with pytest.raises(ppo.InputError, match=f"--value-model {name}: must have one label and the architecture of"):
+        with pytest.raises(ppo.InputError, match=f"--value-model {name}: must have one label, and read what --model"):
             run(model, tmp_path / "run", value_model=name)
-    with pytest.raises(ppo.InputError, match="no weights for"):
+    policy = save_policy(tmp_path / "policy", gpt2_config(len(tokenizer)))
+    short = save_reward_model(tmp_path / "short", config=gpt2_config(len(tokenizer), n_positions=32, pad_token_id=0))
+    with pytest.raises(ppo.InputError, match="must have one label, and read what --model reads"):
+        run(policy, tmp_path / "run", value_model=short)
+    with pytest.raises(ppo.InputError, match="missing or not finite"):
         run(model, tmp_path / "run", value_model=model)
     assert not (tmp_path / "run").exists()
 

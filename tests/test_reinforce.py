@@ -21,10 +21,10 @@ def test_an_uncertain_score_counts_less(model, tmp_path, monkeypatch):
         seen[-1]["trained"] += advantages.tolist()
         return compute_loss(logprobs, advantages, *rest)
 
-    def keep_texts(reward_fn, examples, completions):
+    def keep_texts(run, reward_fn, examples, batch, completions):
         texts = [(example["prompt"], completion) for example, completion in zip(examples, completions)]
         seen.append({"texts": texts, "trained": []})
-        return score(reward_fn, examples, completions)
+        return score(run, reward_fn, examples, batch, completions)
 
     monkeypatch.setattr(reinforce, "compute_loss", keep_advantages)
     monkeypatch.setattr(reinforce, "score", keep_texts)

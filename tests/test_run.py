@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from accelerate.state import AcceleratorState
 from tiny import fork, gpt2_config, llama_config, main, make_tokenizer, save_policy, save_reward_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,7 +60,7 @@ def test_a_run_writes_its_files(model, tmp_path, options, capsys):
     assert sorted(path.name for path in folder.iterdir()) == names
     config = json.loads((folder / "config.json").read_text())
     assert config["baseline"] == options["baseline"] and config["algorithm"] == "reinforce"
-    assert config["versions"] == {"torch": torch.__version__, "transformers": transformers.__version__}
+    assert config["torch"] == torch.__version__
     metrics = read(folder)
     assert [row["step"] for row in metrics] == [0, 1, 2, 3]
     assert [row["step"] for row in metrics if "eval/reward" in row] == (
@@ -83,8 +82,8 @@ def test_a_run_writes_its_files(model, tmp_path, options, capsys):
     out = capsys.readouterr().out
     for step in range(4):
         assert f"step {step}/3  " in out
-    assert "step 0/3  held out: reward " in out and "step 3/3  held out: reward " in out
-    assert max(len(line) for line in out.splitlines() if line.startswith("step ")) <= 80
+    assert out.count("  eval/reward ") == (2 if "eval_every" in options else 3)
+    assert max(len(line) for line in out.splitlines() if line.startswith(("step ", "  eval"))) <= 80
     assert out.count("Write a long story about a ferry.\n  > ") == (2 if "eval_every" in options else 3)
     assert out.endswith(f"trained policy: {folder / 'policy'}\n")
 
@@ -495,7 +494,7 @@ def test_more_steps(model, straight, tmp_path):
     assert same(weights(folder), weights(straight))
     assert json.loads((folder / "config.json").read_text())["num_steps"] == 6
     for steps in 3, 5:
-        with pytest.raises(reinforce.InputError, match="has done 6 steps: give a larger --num-steps"):
+        with pytest.raises(reinforce.InputError, match="or fewer steps"):
             reinforce.train(reinforce.Args(resume=str(folder), num_steps=steps))
     assert len(read(folder)) == 7, "nothing of a longer run is lost"
     shutil.rmtree(folder / "policy")
@@ -551,12 +550,13 @@ def train_divided(rank: int, file, processes: int, args: dict) -> None:
         first = place["row"] + rank * (32 // processes if place["seed"] % 2 == 0 else len(examples))
         place.update(row=place["row"] + len(examples), token=0)
 
-        def rand(rows, one, **options):
+        def multinomial(probs, num_samples):
             place["token"] += 1
             generator = torch.Generator().manual_seed(1000 * place["seed"] + place["token"])
-            return torch.empty(100, 1, **options).uniform_(generator=generator)[first : first + rows]
+            drawn = torch.rand(100, 1, dtype=torch.float64, generator=generator)[first : first + len(probs)]
+            return torch.searchsorted(probs.double().cumsum(dim=1), drawn).clamp(max=probs.shape[1] - 1)
 
-        torch.rand = rand
+        torch.multinomial = multinomial
         return sample(sampler, tokenizer, examples, temperature)
 
     def reward(prompts, completions, **columns):  # in the first step the second half has nothing
@@ -604,7 +604,7 @@ def test_two_processes_are_one_with_the_doubled_batch(model, tmp_path, capfd, fi
         args["value_warmup_steps"] = 1
     two = divided(file, tmp_path / "two", 2, **args)
     out = capfd.readouterr().out
-    assert out.count("step 1/") == 2 and out.count("trained policy") == 1, "one process reports"
+    assert out.count("step 1/") == 1 and out.count("trained policy") == 1, "one process reports"
     one = divided(file, tmp_path / "one", 1, **args)
     for ours, theirs in zip(torch.load(two / "grads.pt"), torch.load(one / "grads.pt"), strict=True):
         largest = max(1.0, *(gradient.abs().max().item() for gradient in theirs))  # what float32 rounds a sum by
@@ -718,4 +718,4 @@ def test_a_second_signal_stops_at_once(monkeypatch, capfd):
     run.stop_time -= 1
     with pytest.raises(KeyboardInterrupt, match="stopped"):
         run.interrupt(signal.SIGTERM, None)
-    assert "stopping after this step; again to stop at once" in capfd.readouterr().err
+    assert "stopping after this step; again to stop at once" in capfd.readouterr().out

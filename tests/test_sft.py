@@ -149,7 +149,7 @@ def test_only_completion_tokens_have_a_gradient(model):
 @pytest.mark.parametrize("prompt", ["the sea sings", [{"role": "user", "content": "the sea sings"}]])
 def test_the_prompt_is_that_of_reinforcement_learning(tmp_path, chat, prompt):
     tokenizer = make_tokenizer(chat=chat)
-    file = write(tmp_path / "prompts.jsonl", [{"prompt": prompt}] * 3)
+    file = write(tmp_path / "prompts.jsonl", [{"prompt": prompt}, {"prompt": "a"}, {"prompt": "b"}])
     policy = make_policy(llama_config(len(tokenizer)))
     (example, *_), _ = reinforce.load_prompts(reinforce.Args(prompts=file, max_new_tokens=8), tokenizer, policy)
     assert build({"prompt": prompt, "completion": "of stone"}, tokenizer)["ids"][0] == example["prompt_ids"]

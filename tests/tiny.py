@@ -1,11 +1,13 @@
 """Tiny random models, tokenizers and the exact expectations that the tests compare with."""
 
+import asyncio
 import functools
 import itertools
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -41,12 +43,12 @@ IDS = {"eos_token_id": 1, "pad_token_id": None, "bos_token_id": None, "initializ
 def llama_config(vocab_size: int, **options) -> LlamaConfig:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaConfig(vocab_size=vocab_size, **sizes, **heads, **(IDS | options))
+    return LlamaConfig(vocab_size=vocab_size, **(sizes | heads | IDS | options))
 
 
 def gpt2_config(vocab_size: int, **options) -> GPT2Config:
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    return GPT2Config(vocab_size=vocab_size, **sizes, **(IDS | options))
+    return GPT2Config(vocab_size=vocab_size, **(sizes | IDS | options))
 
 
 def make_policy(config, seed: int = 0) -> torch.nn.Module:
@@ -93,6 +95,20 @@ def as_batch(prompt: list[int], completions: list[list[int]], pad: int, left: in
         "position_ids": (torch.tensor(attention_mask).cumsum(dim=1) - 1).clamp(min=0),
         "mask": torch.tensor(mask),
     }
+
+
+def make_examples(*prompts: list[int], **columns: list) -> list[dict]:
+    """As `load_prompts` makes them; of the columns, one value for each."""
+    rows = [{name: values[i] for name, values in columns.items()} for i in range(len(prompts))]
+    return [{"prompt": "", "prompt_ids": ids, "begun": "", "columns": row} for ids, row in zip(prompts, rows)]
+
+
+def score(file, reward_fn: Callable, texts: list[str], examples: list[dict] | None = None) -> tuple:
+    """`file`'s score of these completions of one token each, in the first step of a run."""
+    ones = torch.ones(len(texts), 1, dtype=torch.long)
+    run = SimpleNamespace(state={"step": 0}, args=file.Args(num_steps=3), loop=asyncio.Runner())
+    batch = {"completion_ids": ones, "mask": ones}
+    return file.score(run, reward_fn, examples or make_examples(*[[1]] * len(texts)), batch, texts)
 
 
 def float64(policy: torch.nn.Module) -> torch.nn.Module:

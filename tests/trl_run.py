@@ -97,9 +97,11 @@ def main(args: Args) -> None:
         policy.eval()  # the trainer calls train() in every step
         policy.set_attn_implementation(ref_policy.config._attn_implementation)  # equal weights have a KL of 0
         with torch.random.fork_rng():  # TRL's draws go on as if there were no evaluation
-            metrics, rows = rloo.evaluate(run, policy, ref_policy, sampler, tokenizer, held_out, reward_fn)
+            metrics, samples = rloo.evaluate(run, policy, ref_policy, sampler, tokenizer, held_out, reward_fn)
         policy.set_attn_implementation("sdpa")
         metrics = {name: value.item() for name, value in metrics.items() if value is not None}
+        rows = [(split, *row) for split, *columns in samples for row in zip(*columns)]
+        rows = [{"split": s, "prompt": e["prompt"], "completion": c, "reward": r.item()} for s, e, c, r in rows]
         for name, lines in ("metrics.jsonl", [metrics]), ("completions.jsonl", rows):
             with open(args.output_dir / name, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step} | line, ensure_ascii=False) + "\n" for line in lines)
