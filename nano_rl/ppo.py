@@ -590,7 +590,7 @@ class Run:
         folder = args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}"
         self.folder = Path(args.resume or broadcast_object_list([folder])[0])  # as the first process names it
         self.args = self.resume(args) if args.resume else replace(args, num_steps=args.num_steps or 15)
-        for name, kind in {name: type(default) for name, default in asdict(Args()).items()}.items():  # Path to str, ...
+        for name, kind in {name: type(default) for name, default in asdict(Args()).items()}.items():  # a Path is text
             value, is_positive = kind(getattr(self.args, name) or kind()), re.match("num_|.*_tokens|batch|temp", name)
             if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and not is_positive):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
@@ -719,8 +719,8 @@ class Run:
 
     def finish(self, policy: nn.Module, ref_policy: nn.Module, tokenizer) -> Path:
         """Saves the policy as a folder that from_pretrained loads, and returns the folder of the run."""
-        merged = policy.cpu().float().merge_and_unload() if self.args.lora_rank else policy  # with another's config
-        parts = (merged, ref_policy.generation_config, tokenizer)
+        merged = policy.cpu().float().merge_and_unload() if self.args.lora_rank and self.is_main else policy
+        parts = (merged, ref_policy.generation_config, tokenizer)  # peft has put the sampler's into the policy
         self.write("policy", lambda folder: [part.save_pretrained(folder) for part in parts])
         show(f"trained policy: {self.folder / 'policy'}")
         self.accelerator.end_training()
