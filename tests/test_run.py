@@ -447,6 +447,7 @@ def flags(**args) -> list[str]:
 
 @pytest.mark.parametrize("moment", ["between checkpoints", "while saving", "before the policy", "SIGINT", "SIGTERM"])
 def test_a_killed_run_resumes_to_the_same_bits(model, straight, tmp_path, capfd, moment):
+    """The kind of report 14: a run is ended by another than Ctrl-C; it costs no step, or those since the last save."""
     folder = tmp_path / "run"
     killed = fork(train_until_killed, moment, TINY | RESUMABLE | {"model": model, "output_dir": str(folder)})
     killed.join()
