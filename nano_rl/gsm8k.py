@@ -22,7 +22,7 @@ their number. A row whose own answer has no number, or several, is an error, as 
 
 Differs from the papers:
     1. Cobbe et al. read only what follows ####, as they trained for it. Here, without a mark, the last number counts:
-       of the test set's 1,319 solutions, their last line taken off, 97.2% end in the answer.
+       of the test set's 1,319 solutions, their last line taken off, 97.3% end in the answer.
     2. DeepSeek-AI use r and f together. --reward-fn takes one function: their sum is three lines of your own.
     3. The prompt is the question alone; R1-Zero's asks for the tags of (2).
 
