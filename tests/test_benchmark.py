@@ -2,10 +2,11 @@
 
 import importlib
 
-import benchmark
 import pytest
 import torch
 from tiny import make_tokenizer
+
+from tests.experiments import benchmark
 
 SHAPE = {
     "hidden_size": 16,

@@ -4,14 +4,13 @@ import importlib
 import json
 from pathlib import Path
 
-import experiments
 import pytest
 import torch
-import trl_run
 import tyro
 from transformers import TrainerState
 
 from nano_rl import compare, rloo
+from tests.experiments import run, trl_run
 
 ROWS = {
     "imdb": [{"text": f"a film\x85 number {i} of the year that I saw", "label": i % 2} for i in range(130)],
@@ -26,7 +25,7 @@ METRICS |= {"eval/accuracy_se": 0.02, "eval/longer_accuracy": 0.65, "eval/loss":
 )
 def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monkeypatch, capsys):
     for split in ("train", "test"):
-        experiments.write(tmp_path / f"data/{split}.jsonl", ROWS.get(name, []))
+        run.write(tmp_path / f"data/{split}.jsonl", ROWS.get(name, []))
     written = set()
 
     def pretend(args, job):
@@ -40,13 +39,13 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         folder = Path(parsed.get("output_dir") or parsed["results_dir"])
         assert str(folder) not in written
         written.update(map(str, (folder, folder / "policy", folder / "reward_model")))
-        experiments.write(folder / "metrics.jsonl", [METRICS | {"eval/reward": 0.25}, METRICS])
+        run.write(folder / "metrics.jsonl", [METRICS | {"eval/reward": 0.25}, METRICS])
         row = {"split": "held_out", "reward": 1.0, "formatted": 0.0}
-        experiments.write(folder / "completions.jsonl", [row | {"step": 0, "reward": -1.0}, row | {"step": 12}])
+        run.write(folder / "completions.jsonl", [row | {"step": 0, "reward": -1.0}, row | {"step": 12}])
         Path(f"{folder}.json").write_text('{"seconds": 60, "memory": 4}')
 
-    monkeypatch.setattr(experiments, "run_job", pretend)
-    experiments.main(experiments.Args(name, data=tmp_path / "data", output_dir=tmp_path / "out", workers=1))
+    monkeypatch.setattr(run, "run_job", pretend)
+    run.main(run.Args(name, data=tmp_path / "data", output_dir=tmp_path / "out", workers=1))
     out = capsys.readouterr().out
     if name == "arithmetic":
         assert "| grpo | 0.000 ± 0.000 | 0.000 ± 0.000 | 0.000, 0.000, 0.000 |" in out
@@ -57,17 +56,17 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
 
 
 def test_a_job_runs_once_and_a_failure_says_where(tmp_path, capsys):
-    args = experiments.Args("ladder", output_dir=tmp_path)
-    experiments.run(args, {"first": "calendar 2026 1"})
+    args = run.Args("ladder", output_dir=tmp_path)
+    run.run(args, {"first": "calendar 2026 1"})
     assert "January 2026" in (tmp_path / "first.log").read_text()
     assert json.loads((tmp_path / "first.json").read_text())["memory"] > 0
     (tmp_path / "first.log").unlink()
-    experiments.run(args, {"first": "calendar 2026 1"})
+    run.run(args, {"first": "calendar 2026 1"})
     assert not (tmp_path / "first.log").exists()
     with pytest.raises(RuntimeError, match="first was run as calendar 2026 1: choose another --output-dir"):
-        experiments.run(args, {"first": "calendar 2026 2"})
+        run.run(args, {"first": "calendar 2026 2"})
     with pytest.raises(RuntimeError, match="second failed: .*No module named no_such"):
-        experiments.run(args, {"second": "no_such"})
+        run.run(args, {"second": "no_such"})
     assert not (tmp_path / "second.json").exists()
 
 
@@ -92,8 +91,8 @@ def test_trl_is_evaluated_and_written_down_like_our_own_run(model, tmp_path, mon
     trl_run.main(trl_run.Args("grpo", tmp_path / "trl", num_steps=5, eval_every=2, **options))
     rloo.train(rloo.Args(num_steps=1, output_dir=str(tmp_path / "ours"), **options))
 
-    metrics, samples = [experiments.read(tmp_path / "trl" / name) for name in ("metrics.jsonl", "completions.jsonl")]
-    ours = experiments.read(tmp_path / "ours/metrics.jsonl")
+    metrics, samples = [run.read(tmp_path / "trl" / name) for name in ("metrics.jsonl", "completions.jsonl")]
+    ours = run.read(tmp_path / "ours/metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 2, 4, 5]
     assert metrics[0] == {name: value for name, value in ours[0].items() if name != "step_time"}
     assert metrics[-1]["eval/kl"] != 0
@@ -109,16 +108,16 @@ def test_trl_is_evaluated_and_written_down_like_our_own_run(model, tmp_path, mon
 def test_the_spread_of_vectors():
     vectors = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     parts = [vectors[:, :2].sum(dim=0), vectors[:, 2:].sum(dim=0)]
-    of_one, of_mean = experiments.spread(parts, vectors.square().sum().item(), 6)
+    of_one, of_mean = run.spread(parts, vectors.square().sum().item(), 6)
     assert of_one == pytest.approx(vectors.var(dim=0).sum().item())
     pairs = [vectors[i] @ vectors[j] for i in range(6) for j in range(6) if i != j]  # E[g g'] = ‖E[g]‖²
     assert of_mean == pytest.approx(sum(pairs).item() / 30)
 
 
 def test_a_baseline_near_the_rewards_makes_the_gradient_less_noisy(model, monkeypatch, capsys):
-    monkeypatch.setattr(experiments.reinforce, "MIN_WORDS", 8 / 3)  # few are brief: the rewards are near one another
-    options = experiments.reinforce.Args(model=model, max_new_tokens=8)
-    experiments.variance(experiments.Args("variance"), options, num_batches=3)
+    monkeypatch.setattr(run.reinforce, "MIN_WORDS", 8 / 3)  # few are brief: the rewards are near one another
+    options = run.reinforce.Args(model=model, max_new_tokens=8)
+    run.variance(run.Args("variance"), options, num_batches=3)
     cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
     found = {name.strip("| "): (float(variance), float(square.strip(" |"))) for name, variance, square in cells}
     assert list(found) == ["none", "mean", "ema", "scst"]
@@ -127,4 +126,4 @@ def test_a_baseline_near_the_rewards_makes_the_gradient_less_noisy(model, monkey
 
 def test_rewards_by_rule_are_added():
     texts = ["<think>a</think><answer>7</answer>", "7", "<think>a</think><answer>8</answer>", "no"]
-    assert experiments.correct_and_formatted(["q"] * 4, texts, ["7"] * 4) == [2.0, 1.0, 1.0, 0.0]
+    assert run.correct_and_formatted(["q"] * 4, texts, ["7"] * 4) == [2.0, 1.0, 1.0, 0.0]

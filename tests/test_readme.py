@@ -21,7 +21,7 @@ TEXTS = (README + (ROOT / "tests/superseded.md").read_text()).replace("\\\n", " 
 FOUND = re.findall(r"-m nano_rl\.(\w+)([^`\n]*)", TEXTS)
 COMMANDS = list(dict.fromkeys((name, " ".join(shlex.split(flags, comments=True))) for name, flags in FOUND))
 
-SCRIPTS = sorted(set(re.findall(r"tests/(\w+)\.py([^`#\n)]*)", README.replace("\\\n", " "))))
+SCRIPTS = sorted(set(re.findall(r"(tests\.experiments\.\w+)([^`#\n)]*)", README.replace("\\\n", " "))))
 
 SMALL = dict(num_steps=1, batch_size=8, rows_per_step=2, max_new_tokens=4, eval_every=0, num_samples=1)
 FILES = {
@@ -101,8 +101,4 @@ def test_a_command_of_the_readme(name, flags, folder, model, tmp_path, monkeypat
 @pytest.mark.parametrize("name, flags", SCRIPTS, ids=lambda words: words)
 def test_a_script_of_the_readme_takes_its_flags(name, flags):
     """What the scripts do with them is test_benchmark's and test_experiments's."""
-    module = importlib.import_module(name)
-    if hasattr(module, "Args"):
-        tyro.cli(module.Args, args=shlex.split(flags))
-    else:
-        assert not flags and name.startswith("test_")
+    tyro.cli(importlib.import_module(name).Args, args=shlex.split(flags))

@@ -1,14 +1,14 @@
 """The README's experiments: trains what they compare, and prints their tables.
 
-    uv run tests/experiments.py ladder                       # the six algorithms on lexical richness
-    uv run tests/experiments.py sweep --seeds 3 --flags="--num-steps 10"    # four learning rates, on a seed of its own
-    uv run --with trl==1.16.0 --with datasets tests/experiments.py trl    # TRL's RLOO and GRPO on the same task
-    uv run tests/experiments.py preferences --data FOLDER    # reward models, and REINFORCE on their scores
-    uv run tests/experiments.py imdb --data FOLDER           # SFT, a sentiment classifier, RLOO, REINFORCE and PPO
-    uv run tests/experiments.py arithmetic                   # answers that are right or wrong
-    uv run tests/experiments.py baselines                    # REINFORCE's four
-    uv run tests/experiments.py brevity --seeds 0            # the six without a brevity penalty
-    uv run tests/experiments.py variance                     # of REINFORCE's gradient, with each baseline
+    uv run -m tests.experiments.run ladder                       # the six algorithms on lexical richness
+    uv run -m tests.experiments.run sweep --seeds 3 --flags="--num-steps 10"    # four learning rates, on their own seed
+    uv run --with trl==1.16.0 --with datasets -m tests.experiments.run trl    # TRL's RLOO and GRPO on the same task
+    uv run -m tests.experiments.run preferences --data FOLDER    # reward models, and REINFORCE on their scores
+    uv run -m tests.experiments.run imdb --data FOLDER           # SFT, a sentiment classifier, RLOO, REINFORCE and PPO
+    uv run -m tests.experiments.run arithmetic                   # answers that are right or wrong
+    uv run -m tests.experiments.run baselines                    # REINFORCE's four
+    uv run -m tests.experiments.run brevity --seeds 0            # the six without a brevity penalty
+    uv run -m tests.experiments.run variance                     # of REINFORCE's gradient, with each baseline
 
 FOLDER holds train.jsonl and test.jsonl: for preferences {"prompt", "chosen", "rejected"}, such as the pairs that the
 package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the hub, shuffled.
@@ -40,10 +40,8 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from nano_rl import reinforce  # noqa: E402
-from nano_rl.gsm8k import correct, formatted  # noqa: E402
+from nano_rl import reinforce
+from nano_rl.gsm8k import correct, formatted
 
 LADDER = "reinforce rloo remax raft grpo ppo".split()
 BASELINES = "none mean ema scst".split()
@@ -80,7 +78,7 @@ def run_job(args: Args, job: tuple[str, str]) -> None:
     print(f"{name}: {command}", file=sys.stderr)
     start_time = time.perf_counter()
     with open(log, "w") as file:
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"OMP_NUM_THREADS": threads}
         words = [sys.executable, "-m", *command.split()]
         process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
@@ -162,7 +160,10 @@ def trl(args: Args) -> None:
     """TRL's two trainers, given the same budget."""
     algorithms = ("rloo", "grpo")
     jobs = {f"trl-{name}-{seed}": f"{name} {args.flags} --seed {seed}" for seed in args.seeds for name in algorithms}
-    run(args, {name: f"tests.trl_run {job} --output-dir {args.output_dir / name}" for name, job in jobs.items()})
+    run(
+        args,
+        {name: f"tests.experiments.trl_run {job} --output-dir {args.output_dir / name}" for name, job in jobs.items()},
+    )
     show(["trainer", *LEARNING], [[name, *learning(args, f"trl-{name}")] for name in algorithms])
 
 
@@ -232,7 +233,7 @@ def arithmetic(args: Args) -> None:
     examples = [{"prompt": text, "completion": form} for (text, *_), form in zip(sums[:96], forms)]
     examples = write(args.output_dir / "forms.jsonl", examples)
     task = f"--prompts {questions} --max-new-tokens 32 --num-steps 20 --learning-rate 2e-5 --eval-every 0"
-    rewards = "--reward-fn nano_rl.gsm8k:correct", "--reward-fn tests.experiments:correct_and_formatted"
+    rewards = "--reward-fn nano_rl.gsm8k:correct", "--reward-fn tests.experiments.run:correct_and_formatted"
     train(args, {"sft": f"sft --data {examples} --num-steps 6"})
     jobs = {"grpo": f"grpo {task} {rewards[0]}", "reinforce": f"reinforce {task} --kl-coef 0.02 {rewards[0]}"}
     jobs |= {"format": f"grpo {task} {rewards[1]} --model {args.output_dir / 'sft/policy'}"}

@@ -1,14 +1,14 @@
 """NanoRL's RLOO and GRPO beside TRL's, on the same work: seconds a step, where they go, and peak memory.
 
-    uv run --with trl==1.16.0 --with datasets tests/benchmark.py
-    uv run --with trl==1.16.0 --with datasets tests/benchmark.py --completions 8 32 64 --algorithms grpo
-    uv run --extra lora tests/benchmark.py --memory --algorithms reinforce rloo remax raft grpo ppo
-    uv run --extra lora tests/benchmark.py --memory --shape 1B --lora-ranks 16 --algorithms grpo
-    uv run tests/benchmark.py --generation
+    uv run --with trl==1.16.0 --with datasets -m tests.experiments.benchmark
+    uv run --with trl==1.16.0 --with datasets -m tests.experiments.benchmark --completions 8 32 64 --algorithms grpo
+    uv run --extra lora -m tests.experiments.benchmark --memory --algorithms reinforce rloo remax raft grpo ppo
+    uv run --extra lora -m tests.experiments.benchmark --memory --shape 1B --lora-ranks 16 --algorithms grpo
+    uv run -m tests.experiments.benchmark --generation
 
 Each run is a process of its own, and the two take turns. Model, prompts, group size, precision, learning rate and KL
 (none) are the same, and every completion has the full length, so that both compute the same number of tokens. TRL's
-other settings are those of tests/trl_run.py.
+other settings are those of tests/experiments/trl_run.py.
 
 --memory shows the peak of each file instead, with all weights trained and with adapters; --generation, for a GPU, the
 speed of sampling from random weights: eager, with a static cache, and with transformers' continuous batching.
@@ -25,7 +25,6 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Literal
 
@@ -33,9 +32,8 @@ import torch
 import transformers
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import nano_rl.reinforce as reinforce  # noqa: E402
-from tests.trl_run import make_trainer  # noqa: E402
+from nano_rl import reinforce
+from tests.experiments.trl_run import make_trainer
 
 CPU = torch.device("cpu")
 SHAPES = {  # of models with random weights
@@ -251,7 +249,9 @@ def main(args: Args) -> None:
 
 
 def run_process(job: dict) -> dict:
-    done = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", __spec__.name, "--job", json.dumps(job)], capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"failed: {job}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,6 @@
 """TRL's RLOO or GRPO on NanoRL's own task, evaluated by NanoRL and written down like one of its runs.
 
-    uv run --with trl==1.16.0 --with datasets -m tests.trl_run rloo --output-dir runs/trl-rloo
+    uv run --with trl==1.16.0 --with datasets -m tests.experiments.trl_run rloo --output-dir runs/trl-rloo
 
 Model, prompts, reward, completions and steps, temperature, precision, Adam, its constant learning rate and, for GRPO,
 the paper's loss are what nano_rl/rloo.py and grpo.py have by default, and there is no KL. The rest is TRL's default,
