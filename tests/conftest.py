@@ -3,6 +3,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
 os.environ["WANDB_MODE"] = "offline"
 os.environ["ACCELERATE_USE_CPU"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # they are about the CPU, also on a machine with a GPU
 os.environ["OMP_NUM_THREADS"] = "1"  # two workers, one core each: threads that wait for a core spin
 
 import pytest  # noqa: E402

@@ -4,14 +4,12 @@
     uv run --with trl==1.16.0 --with datasets -m tests.experiments.benchmark --completions 8 32 64 --algorithms grpo
     uv run --extra lora -m tests.experiments.benchmark --memory --algorithms reinforce rloo remax raft grpo ppo
     uv run --extra lora -m tests.experiments.benchmark --memory --shape 1B --lora-ranks 16 --algorithms grpo
-    uv run -m tests.experiments.benchmark --generation
 
 Each run is a process of its own, and the two take turns. Model, prompts, group size, precision, learning rate and KL
 (none) are the same, and every completion has the full length, so that both compute the same number of tokens. TRL's
 other settings are those of tests/experiments/trl_run.py.
 
---memory shows the peak of each file instead, with all weights trained and with adapters; --generation, for a GPU, the
-speed of sampling from random weights: eager, with a static cache, and with transformers' continuous batching.
+--memory shows the peak of each file instead, with all weights trained and with adapters. For a GPU see gpu.py.
 """
 
 import importlib
@@ -24,9 +22,9 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import Literal
+from unittest import mock
 
 import torch
 import transformers
@@ -75,8 +73,6 @@ class Args:
     shape: Literal["135M", "0.5B", "1B"] | None = None  # random weights of this shape instead
     memory: bool = False  # show the peak memory of each file instead
     lora_ranks: tuple[int, ...] = (0, 16)  # of --memory; 0: all weights are trained
-    generation: bool = False  # show the speed of sampling instead
-    rows: tuple[int, ...] = (16, 64, 256)  # completions at a time, of --generation
     job: str | None = None  # one run, as JSON; the benchmark starts itself with it
 
 
@@ -110,6 +106,7 @@ class Clock:
 def run_nano_rl(job: dict, clock: Clock, folder: str) -> None:
     file = importlib.import_module(f"nano_rl.{job['algorithm']}")
     sizes = {"batch_size": job["completions"], "max_new_tokens": job["length"], "lora_rank": job.get("lora_rank", 0)}
+    sizes["micro_batch_tokens"] = job.get("micro_batch_tokens", file.Args.micro_batch_tokens)
     if job["algorithm"] == "grpo":
         sizes["num_updates"] = 1  # TRL's default
     make_sampler = file.make_sampler
@@ -128,11 +125,12 @@ def run_nano_rl(job: dict, clock: Clock, folder: str) -> None:
             assert row["completions/mean_length"] == job["length"]
             clock.end_step(row["step_time"])
 
-    file.make_sampler = full_length_sampler
-    file.Run.log, file.Run.save_checkpoint = log, lambda run: None
-    file.evaluate = lambda *_: ({"eval/reward": torch.tensor(0.0)}, [])
-    file.sample, file.score = clock.wrap("sampling", file.sample), clock.wrap("scoring", file.score)
-    file.train(file.Args(model=job["model"], num_steps=job["steps"], output_dir=folder, eval_every=0, **sizes), reward)
+    parts = {"sample": clock.wrap("sampling", file.sample), "score": clock.wrap("scoring", file.score)}
+    parts |= {"make_sampler": full_length_sampler, "evaluate": lambda *_: ({"eval/reward": torch.tensor(0.0)}, [])}
+    unsaved = {"save_checkpoint": lambda *_: None, "finish": lambda *_: None}
+    with mock.patch.multiple(file, **parts), mock.patch.multiple(file.Run, log=log, **unsaved):
+        args = file.Args(model=job["model"], num_steps=job["steps"], output_dir=folder, eval_every=0, **sizes)
+        file.train(args, reward)
 
 
 def run_trl(job: dict, clock: Clock, folder: str) -> None:
@@ -166,8 +164,10 @@ def run_trl(job: dict, clock: Clock, folder: str) -> None:
 
 
 def run_job(job: dict) -> dict:
-    """Medians over the steps, in seconds, and the peak of the process's memory in GiB."""
+    """Medians over the steps, in seconds, and the peak in GiB: of the GPU's memory or, without one, the process's."""
     clock = Clock()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         {"nano_rl": run_nano_rl, "trl": run_trl}[job["framework"]](job, clock, folder)
     steps = clock.steps[1:]  # the first one also warms up
@@ -176,11 +176,10 @@ def run_job(job: dict) -> dict:
     return seconds | {"memory": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak}
 
 
-def random_model(shape: dict):
+def random_model(shape: dict, dtype: torch.dtype = torch.float32):
     ends = {"eos_token_id": None, "bos_token_id": None}
-    return transformers.AutoModelForCausalLM.from_config(
-        transformers.LlamaConfig(**shape, **ends, tie_word_embeddings=True)
-    ).eval()
+    config = transformers.LlamaConfig(**shape, **ends, tie_word_embeddings=True)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def best_seconds(function, repeats: int = 5) -> float:
@@ -228,10 +227,6 @@ def main(args: Args) -> None:
     model, tokenizer = reinforce.load(transformers.AutoModelForCausalLM, args.model or reinforce.Args.model, CPU)
     if args.shape:
         model = random_model(SHAPES[args.shape])
-    if args.generation:
-        for shape in [SHAPES[args.shape]] if args.shape else SHAPES.values():
-            show_generation(random_model(shape).to(device), tokenizer, args.rows, max(args.lengths), limits[1])
-        return
     examples, held_out = reinforce.load_prompts(reinforce.Args(), tokenizer, model)
     prompt_tokens = max(len(example["prompt_ids"]) for example in examples + held_out)
     with tempfile.TemporaryDirectory() as folder:
@@ -264,35 +259,6 @@ def show_memory(job: dict, algorithms: tuple[str, ...], lora_ranks: tuple[int, .
     for algorithm in algorithms:
         peaks = [run_process(job | {"algorithm": algorithm, "lora_rank": rank})["memory"] for rank in lora_ranks]
         print(f"| {algorithm}.py | {' | '.join(f'{peak:.1f}' for peak in peaks)} |", flush=True)
-
-
-def show_generation(model, tokenizer, rows: tuple[int, ...], length: int, bandwidth: float) -> None:
-    """Seconds a token by each way of sampling, and how near they are to reading weights and cache once a token."""
-    print("| weights, million | rows | way | ms/token | tokens/s | of the bandwidth limit |\n|---|---|---|---|---|---|")
-    prompt_ids = list(range(3, 19))
-    samplers = {}
-    ways = ["eager", "static cache"]
-    if model.device.type == "cuda":  # on a CPU it fills the memory with its pages
-        ways.append("continuous batching")
-    for way in ways:
-        samplers[way] = reinforce.make_sampler(model, tokenizer, reinforce.Args(max_new_tokens=length))
-        samplers[way].generation_config.cache_implementation = "static" if way == "static cache" else None
-        samplers[way].generation_config.eos_token_id = None  # the full length
-        samplers[way].generation_config.do_sample = way == "continuous batching"  # `sample` says so itself
-    for n, way in itertools.product(rows, samplers):
-        if way == "continuous batching":
-            function = partial(samplers[way].generate_batch, [prompt_ids] * n)
-        else:
-            function = partial(
-                reinforce.sample, samplers[way], tokenizer, [{"prompt_ids": prompt_ids, "begun": ""}] * n, 1.0
-            )
-        seconds = best_seconds(function, repeats=3) / length  # the first of them also compiles
-        job = {"completions": n, "length": length}
-        least = bounds(model, job, len(prompt_ids), (1.0, bandwidth), samplers[way].dtype)["sampling"] / length
-        size = sum(weight.numel() for weight in model.parameters()) // 10**6
-        print(
-            f"| {size} | {n} | {way} | {1000 * seconds:.2f} | {n / seconds:.0f} | {least / seconds:.0%} |", flush=True
-        )
 
 
 def compare(turn: int, job: dict, model, prompt_tokens: int, limits: tuple[float, float], dtype: torch.dtype) -> None:

@@ -221,17 +221,21 @@ def imdb(args: Args) -> None:
     show(["run", "positive before", "after", *LEARNING], rows)
 
 
-def arithmetic(args: Args) -> None:
-    """Sums that SmolLM2 gets right now and then, in a few tokens; of GSM8K it solves next to none, in hundreds."""
+def write_sums(folder: Path) -> tuple[Path, Path, Path]:
+    """Questions to train on, 128 others, and 96 of the former with answers in R1's form."""
     texts = "Tom has {} apples and buys {} more. How many apples does he have?", "What is {} plus {}?"
     sums = [(text.format(a, b), a, b) for text in texts for a in range(1, 16) for b in range(1, 16)]
     random.Random(0).shuffle(sums)
     rows = [{"prompt": text, "answer": str(a + b)} for text, a, b in sums]
-    questions = write(args.output_dir / "train.jsonl", rows[:-128])
-    test = write(args.output_dir / "test.jsonl", rows[-128:])
     forms = [f"<think>{a} + {b} = {a + b}</think><answer>{a + b}</answer>" for _, a, b in sums]
     examples = [{"prompt": text, "completion": form} for (text, *_), form in zip(sums[:96], forms)]
-    examples = write(args.output_dir / "forms.jsonl", examples)
+    files = {"train.jsonl": rows[:-128], "test.jsonl": rows[-128:], "forms.jsonl": examples}
+    return tuple(write(folder / name, lines) for name, lines in files.items())
+
+
+def arithmetic(args: Args) -> None:
+    """Sums that SmolLM2 gets right now and then, in a few tokens; of GSM8K it solves next to none, in hundreds."""
+    questions, test, examples = write_sums(args.output_dir)
     task = f"--prompts {questions} --max-new-tokens 32 --num-steps 20 --learning-rate 2e-5 --eval-every 0"
     rewards = "--reward-fn nano_rl.gsm8k:correct", "--reward-fn tests.experiments.run:correct_and_formatted"
     train(args, {"sft": f"sft --data {examples} --num-steps 6"})
