@@ -4,14 +4,21 @@ import ast
 import textwrap
 from pathlib import Path
 
-FILES = "reinforce rloo remax raft grpo ppo sft reward_model gsm8k compare".split()  # in the order to read them in
+FILES = {  # in the order to read them
+    "Lessons": "reinforce rloo remax raft grpo ppo",
+    "Before them": "sft reward_model",
+    "Rewards": "gsm8k",
+    "Tools": "compare",
+}
 
 
 def main() -> None:
-    for name in FILES:
-        source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
-        idea = ast.get_docstring(ast.parse(source)).splitlines()[0]
-        print(textwrap.fill(f"{name:14}{idea}", width=79, subsequent_indent=" " * 14))
+    for title, names in FILES.items():
+        print(title)
+        for name in names.split():
+            source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+            idea = ast.get_docstring(ast.parse(source)).splitlines()[0]
+            print(textwrap.fill(f"  {name:14}{idea}", width=79, subsequent_indent=" " * 16))
     print("\nStart one:  uv run -m nano_rl.reinforce\nIts flags:  uv run -m nano_rl.reinforce --help")
 
 

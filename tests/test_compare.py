@@ -4,10 +4,7 @@ import gc
 import itertools
 import json
 import math
-import os
-import shutil
 import statistics
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -21,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import nano_rl.compare as compare
 import nano_rl.reinforce as reinforce
 
-ROOT = Path(__file__).parent.parent
 TINY = dict(max_new_tokens=8, temperature=1.0)
 
 
@@ -44,11 +40,16 @@ def policies(folder: Path, *names: str, **args) -> tuple[dict, list[dict]]:
 
 
 def refused(**args) -> str:
-    """The one line that the user reads, where the exit code is 1."""
-    with pytest.raises(SystemExit) as error:
+    """What the user reads."""
+    with pytest.raises(compare.InputError) as error:
         compare.main(compare.Args(**args))
-    assert isinstance(error.value.code, str) and "\n" not in error.value.code
-    return error.value.code
+    return str(error.value)
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch) -> None:
+    """The same arithmetic on all hardware."""
+    monkeypatch.setattr(reinforce, "has_bfloat16", lambda device: False)
 
 
 # ---- Statistics -----------------------------------------------------------------------------------------------------
@@ -84,6 +85,7 @@ def test_the_sign_flip_test_by_hand():
     assert compare.sign_flip_test(torch.zeros(5)) == 1
     assert compare.sign_flip_test(torch.ones(40)) == 1 / 10_000, "at least the pattern that was seen"
     assert compare.sign_flip_test(torch.zeros(40)) == 1
+    assert compare.sign_flip_test(torch.tensor([math.nan])) is None, "no number where there is none"
 
 
 def test_many_prompts_draw_the_sign_patterns():
@@ -115,6 +117,7 @@ def test_describe():
 def test_perplexity(config):
     """Against an unpadded pass for every prefix; 64 is what the model can read."""
     judge, tokenizer = make_policy(config), make_tokenizer()
+    tokenizer.model_max_length = 64  # as `load` sets it
     prompts = ["write about the sea", "old stone", "tree"]
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     texts = ["the sun sings", "far", "", "red blue " * 40, "", ""]
@@ -145,12 +148,11 @@ def test_a_comparison(model, other, tmp_path, capsys, monkeypatch):
     file.write_text("".join(json.dumps({"prompt": prompt, "n": n}) + "\n" for n, prompt in enumerate(prompts)))
     names = (model, other, save_policy(tmp_path / "third", seed=7))
     options = dict(prompts=str(file), reward_fn="compare_rewards:length", num_samples=3)
-    monkeypatch.setattr(compare, "has_bfloat16", lambda device: False)  # the judge below is in float32
     result, rows = policies(tmp_path / "comparison", *names, **options)
     assert result["policies"] == dict(zip("ABC", names)) and result["prompts"] == 5
     assert result["args"]["num_samples"] == 3 and result["args"]["policies"] == list(names)
     held_out = prompts[-5:]  # a quarter of 20, as a run holds out
-    assert [(row["prompt"], row["sample"]) for row in rows] == [(p, s) for p in held_out for s in range(3)]
+    assert [row["prompt"] for row in rows] == [prompt for prompt in held_out for _ in range(3)]
     assert len({row[letter]["completion"] for row in rows for letter in "ABC"}) > 20
 
     judge, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
@@ -174,7 +176,7 @@ def test_a_comparison(model, other, tmp_path, capsys, monkeypatch):
                 "type-token ratio": statistics.mean(len(set(w)) / max(1, len(w)) for w in words),
                 "words": statistics.mean(map(len, words)),
                 "distinct-2": statistics.mean(len(set(zip(w, w[1:]))) / max(1, len(w) - 1) for w in words),
-                "perplexity": perplexity(prompt, texts),
+                "perplexity at temperature 1": perplexity(prompt, texts),
             }.items():
                 expected.setdefault(name, {}).setdefault(letter, []).append(value)
     assert list(result["table"]) == list(expected)
@@ -189,18 +191,15 @@ def test_a_comparison(model, other, tmp_path, capsys, monkeypatch):
 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"A: {model}" and lines[3].startswith("5 prompts, 3 completions of each")
-    table = [line.strip("|").split("|") for line in lines if line.startswith("|")]
-    assert [cells[0].strip() for cells in table] == ["", "---", "A", "B", "C", "B - A", "p", "C - A", "p"]
+    table = [line.strip("|").split("|") for line in lines if line.startswith("|") and "---" not in line]
+    assert [cells[0].strip() for cells in table] == ["", "A", "B", "C", "B - A", "p", "C - A", "p"]
     assert [cell.strip() for cell in table[0][1:]] == list(expected)
     reward = result["table"]["reward"]
-    assert table[3][1].strip() == f"{reward['B']['mean']:.3f} ± {reward['B']['se']:.3f}"
-    assert table[5][1].strip() == f"{reward['B']['difference']:+.3f} ± {reward['B']['difference_se']:.3f}"
-    assert table[6][1].strip() == f"{reward['B']['p']:.3f}"
-    assert all(len(line) <= 120 for line in lines if line.startswith("|") or " | " in line)
+    assert table[2][1].strip() == f"{reward['B']['mean']:.3f} ± {reward['B']['se']:.3f}"
+    assert table[4][1].strip() == f"{reward['B']['difference']:+.3f} ± {reward['B']['difference_se']:.3f}"
+    assert table[5][1].strip() == f"{reward['B']['p']:.3f}"
     place = lines.index(held_out[0])
-    for start, letter in zip((0, 41, 82), "ABC"):  # 38 characters and " | "
-        column = " ".join(line[start : start + 38] for line in lines[place + 1 : -2]).split()
-        assert column == [f"{letter}:", *rows[0][letter]["completion"].split()]
+    assert lines[place + 1 : place + 4] == [f"{letter}: {rows[0][letter]['completion']}" for letter in "ABC"]
 
 
 def test_a_reward_model(model, other, tmp_path):
@@ -220,11 +219,8 @@ def test_equal_policies_give_equal_completions(model, tmp_path):
     assert rows != policies(tmp_path / "3", model, model, num_samples=2, seed=1)[1]
 
 
-def test_the_numbers_are_those_of_a_runs_own_evaluation(model, tmp_path, monkeypatch):
+def test_the_numbers_are_those_of_a_runs_own_evaluation(model, tmp_path):
     options = dict(TINY, seed=5, brevity_penalty_scale=0.5)
-    monkeypatch.setattr(reinforce, "MIN_WORDS", options["max_new_tokens"] / 3)  # as compare.py still has it
-    for file in compare, reinforce:  # in bfloat16 one samples under autocast, the other as yet without
-        monkeypatch.setattr(file, "has_bfloat16", lambda device: False)
     settings = dict(batch_size=32, num_steps=3, eval_every=0, learning_rate=1e-2)
     run = reinforce.train(reinforce.Args(model=model, output_dir=str(tmp_path / "run"), **settings, **options))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -238,16 +234,16 @@ def test_the_numbers_are_those_of_a_runs_own_evaluation(model, tmp_path, monkeyp
 
 
 def test_all_prompts_in_batches_of_whole_prompts(model, tmp_path, monkeypatch):
-    seeds, batches, sample = [], [], compare.sample
+    seeds, batches, sample = [], [], reinforce.sample
 
     def spy(sampler, tokenizer, examples, temperature):
         batches.append([example["prompt"] for example in examples])
         return sample(sampler, tokenizer, examples, temperature)
 
-    monkeypatch.setattr(compare, "sample", spy)
+    monkeypatch.setattr(reinforce, "sample", spy)
     monkeypatch.setattr(compare, "set_seed", seeds.append)
     result, rows = policies(tmp_path / "run", model, model, all_prompts=True, num_samples=5, seed=3)
-    assert result["prompts"] == len(compare.TOPICS) == len(rows) / 5
+    assert result["prompts"] == len(reinforce.TOPICS) == len(rows) / 5
     assert seeds == [3 + start for start in range(0, 160, 30)] * 2, "each policy has the same draws in each batch"
     assert sum(map(len, batches)) == 2 * 160
     for batch in batches:
@@ -255,23 +251,16 @@ def test_all_prompts_in_batches_of_whole_prompts(model, tmp_path, monkeypatch):
 
 
 def test_the_first_policy_and_one_more_in_memory(model, other, tmp_path, monkeypatch):
-    samplers, alive = [], []
-    load, make_sampler = compare.load, compare.make_sampler
+    models, alive, load = [], [], reinforce.load
 
-    def spy_load(*inputs):
+    def spy(*inputs):
         gc.collect()
-        alive.append([number for number, sampler in enumerate(samplers) if sampler()])
-        return load(*inputs)
+        alive.append([number for number, model in enumerate(models) if model()])
+        loaded = load(*inputs)
+        models.append(weakref.ref(loaded[0]))
+        return loaded
 
-    def spy_make_sampler(policy, *inputs):
-        sampler = make_sampler(policy, *inputs)
-        samplers.append(weakref.ref(sampler))
-        weights = {weight.data_ptr() for weight in policy.parameters()}
-        assert weights == {weight.data_ptr() for weight in sampler.parameters()}, "no second copy"
-        return sampler
-
-    monkeypatch.setattr(compare, "load", spy_load)
-    monkeypatch.setattr(compare, "make_sampler", spy_make_sampler)
+    monkeypatch.setattr(reinforce, "load", spy)
     policies(tmp_path / "run", model, other, model, num_samples=1)
     assert alive == [[], [0], [0]]
 
@@ -283,30 +272,18 @@ def test_greedy(model, tmp_path):
 
 def test_a_policy_that_says_nothing(model, tmp_path, monkeypatch, capsys):
     """No words, no perplexity, and JSON that others read, too."""
-    sample = compare.sample
-    monkeypatch.setattr(compare, "sample", lambda *inputs: (sample(*inputs)[0], [""] * len(inputs[2])))
+    sample = reinforce.sample
+    monkeypatch.setattr(reinforce, "sample", lambda *inputs: (sample(*inputs)[0], [""] * len(inputs[2])))
     result, _ = policies(tmp_path / "run", model, model)
-    assert result["table"]["perplexity"]["B"] == {
-        "mean": None,
-        "se": None,
-        "difference": None,
-        "difference_se": None,
-        "p": 1,
-    }
+    nothing = dict.fromkeys(("mean", "se", "difference", "difference_se", "p"))
+    assert result["table"]["perplexity at temperature 1"]["B"] == nothing
     assert "NaN" not in (tmp_path / "run" / "comparison.json").read_text()
     assert "none" in capsys.readouterr().out
 
 
-def test_what_is_printed_fits():
-    columns = [["", "A"], *([name * 10, "1.000 ± 0.100"] for name in "abcdefgh")]
-    tables = compare.markdown(columns).split("\n\n")
-    assert len(tables) == 2 and all(len(line) <= 120 for table in tables for line in table.splitlines())
-    assert compare.markdown([["step", "0"], ["x" * 200, "1"]]).count("\n") == 2, "no table without a column"
-    cells = [cell.strip() for table in tables for cell in table.splitlines()[0].split("|")]
-    assert [cell for cell in cells if cell] == [name * 10 for name in "abcdefgh"]
-    for count in (2, 3, 26):
-        lines = compare.side_by_side(["word " * 50] * count).splitlines()
-        assert all(len(line) <= 120 for line in lines)
+def test_what_is_printed():
+    table = compare.markdown([["", "first"], ["step", "1.000 ± 0.100"]])
+    assert table.split("\n") == ["|       | step          |", "| ----- | ------------- |", "| first | 1.000 ± 0.100 |"]
     numbers = [0.0, 0.7, -0.0123, 0.00042, 123.4567, 1234567.0]
     assert [compare.cell(n) for n in numbers] == ["0.000", "0.700", "-0.012", "0.00042", "123.457", "1.23e+06"]
     assert compare.cell(0.8071, 0.00066) == "0.807 ± 0.001" and compare.cell(4e-5, 1e-6) == "4e-05 ± 1e-06"
@@ -316,17 +293,17 @@ def test_what_is_printed_fits():
 @pytest.mark.parametrize(
     "args, message",
     [
-        ({}, "give two policies or more (at most 26), --policies A B, or folders of runs, --runs runs/*"),
-        ({"policies": ("a",)}, "give two policies or more"),
-        ({"policies": ("a",) * 27}, "give two policies or more"),
-        ({"policies": ("a", "b"), "runs": ("c",)}, "--policies: not for --runs, which takes --metric and --plot"),
-        ({"runs": ("c",), "output_dir": "d", "num_samples": 2}, "--num-samples, --output-dir: not for --runs"),
-        ({"policies": ("a", "b"), "plot": "c.svg"}, "--plot: not for --policies"),
-        ({"policies": ("a", "b"), "metric": "kl"}, "--metric: not for --policies"),
+        ({}, "give policies (at most 26), --policies A B, or folders of runs, --runs runs/*"),
+        ({"policies": ("a",) * 27}, "give policies (at most 26)"),
+        ({"policies": ("a", "b"), "runs": ("c",)}, "policies: not for --runs"),
+        ({"runs": ("c",), "output_dir": "d", "num_samples": 2}, "num_samples, output_dir: not for --runs"),
+        ({"policies": ("a", "b"), "plot": "c.svg"}, "plot: not for --policies"),
+        ({"policies": ("a", "b"), "metric": "kl", "x": "kl"}, "metric, x: not for --policies"),
         ({"policies": ("a", "b"), "num_samples": 0}, "--num-samples 0: must be above 0"),
-        ({"policies": ("a", "b"), "temperature": -1.0}, "--temperature -1.0: must be at least 0"),
-        ({"policies": ("a", "b"), "temperature": math.nan}, "--temperature nan: must be at least 0"),
-        ({"policies": ("a", "b"), "temperature": math.inf}, "--temperature inf: must be at least 0"),
+        ({"policies": ("a", "b"), "batch_size": -1}, "--batch-size -1: must be above 0"),
+        ({"policies": ("a", "b"), "temperature": -1.0}, "--temperature -1.0: must be above 0"),
+        ({"policies": ("a", "b"), "temperature": math.nan}, "--temperature nan: must be above 0"),
+        ({"policies": ("a", "b"), "temperature": math.inf}, "--temperature inf: must be above 0"),
         ({"runs": ("c",), "plot": "c.pdf"}, "--plot c.pdf: must end in .svg or .png"),
         ({"runs": ("c",), "plot": "svg"}, "--plot svg: must end in .svg or .png"),
     ],
@@ -340,16 +317,16 @@ def test_flags_that_do_not_fit(args, message, tmp_path, monkeypatch):
 def test_bad_input(model, tmp_path):
     folder = str(tmp_path / "comparison")
     message = refused(policies=(model, "no-one/no-such-model"), output_dir=folder, **TINY)
-    assert message.startswith("cannot load no-one/no-such-model: check the name (a run's is its policy/), the network")
+    assert message.startswith("cannot load no-one/no-such-model: check the name, the network")
     message = refused(policies=(model, model), output_dir=folder, prompts=str(tmp_path / "none.jsonl"), **TINY)
     assert "No such file" in message
     assert not list(Path(folder).iterdir())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     message = refused(policies=(model, model), output_dir=str(tmp_path / "full"), **TINY)
-    assert message.startswith(f"cannot start in {tmp_path / 'full'}: choose another --output-dir")
+    assert message == f"--output-dir {tmp_path / 'full'} is not empty: choose another"
     message = refused(policies=(model, model), output_dir=str(tmp_path / "full" / "file"), **TINY)
-    assert message.startswith(f"cannot start in {tmp_path / 'full' / 'file'}: choose another")
+    assert message == f"--output-dir {tmp_path / 'full' / 'file'} is not empty: choose another"
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
@@ -365,40 +342,17 @@ def write_run(folder: Path, curve: dict[int, float], tail: str = "", **config) -
     return str(folder)
 
 
-NEW = {"versions": {"torch": "2"}, "save_minutes": 0.0}  # what not every config.json has, and changes no curve
-
-
-@pytest.mark.parametrize(
-    "folder, seed, expected",
-    [
-        ("runs/20250131-120000-rloo", 0, "rloo"),
-        ("runs/20250131-120000-rloo-seed1", 1, "rloo"),
-        ("runs/rloo-12", 12, "rloo"),
-        ("runs/rloo-12", 2, "rloo-12"),
-        ("runs/rloo_s3", 3, "rloo"),
-        ("runs/rloo.seed=3", 3, "rloo"),
-        ("runs/rlooseed3", 3, "rloo"),
-        ("runs/ppo2", 2, "ppo2"),
-        ("runs/rloo/seed-0", 0, "rloo"),
-        ("runs/rloo/0", 0, "rloo"),
-        ("runs/20250131-120000", 0, "runs"),
-        ("/0", 0, ""),
-    ],
-)
-def test_label(folder, seed, expected):
-    assert compare.label(Path(folder), seed) == expected
-
-
 def test_runs(tmp_path, capsys):
     """Seeds together, algorithms and arguments apart; values align by step, and say how many runs they have."""
+    rloo, grpo = {"algorithm": "rloo"}, {"algorithm": "grpo"}
     runs = [
-        write_run(tmp_path / "20250101-000000-rloo", {0: 0.5, 2: 0.6, 4: 0.75}, seed=0),
-        write_run(tmp_path / "20250101-000001-rloo", {0: 0.7, 4: 0.95}, seed=1, num_steps=4, eval_every=4),
-        write_run(tmp_path / "rloo-seed2", {0: 0.6, 2: 0.8}, '{"step": 3, "eval/rew', seed=2, resume="there", **NEW),
-        write_run(tmp_path / "grpo" / "seed0", {0: 0.5}, '{"step": 1, "eval/reward": 9.0}', seed=0),
-        write_run(tmp_path / "grpo-1", {0: 0.7}, '{"step": 1, "eval/reward": NaN}\n{"step": 2}\n\xe4', seed=1),
-        write_run(tmp_path / "grpo-lr", {0: 0.25, 2: 1234.5}, seed=1),
-        write_run(tmp_path / "grpo-lr-2", {0: 0.75}, seed=2, lr=0.2),
+        write_run(tmp_path / "a", {0: 0.5, 2: 0.6, 4: 0.75}, seed=0, **rloo),
+        write_run(tmp_path / "b", {0: 0.7, 4: 0.95}, seed=1, num_steps=4, eval_every=4, torch="2", **rloo),
+        write_run(tmp_path / "c", {0: 0.6, 2: 0.8}, '{"step": 3, "eval/rew', seed=2, resume="there", **rloo),
+        write_run(tmp_path / "d", {0: 0.5}, '{"step": 1, "eval/reward": 9.0}', seed=0, **grpo),
+        write_run(tmp_path / "e", {0: 0.7}, '{"step": 1, "eval/reward": NaN}\n{"step": 2}\n\xe4', seed=1, **grpo),
+        write_run(tmp_path / "f", {0: 0.25, 2: 1234.5}, seed=2, lr=0.2, **grpo),
+        write_run(tmp_path / "g", {0: 0.75}, seed=2, lr=0.1, beta=None, **grpo),
         str(tmp_path / "no-such-run"),
     ]
     (tmp_path / "comparison").mkdir()
@@ -408,9 +362,8 @@ def test_runs(tmp_path, capsys):
     compare.main(compare.Args(runs=(*runs, str(tmp_path / "comparison"), other)))
     out, err = capsys.readouterr()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"]
-    assert table == [
-        ["step", "rloo (3)", "grpo (2)", "grpo-lr lr=0.1 (1)", "grpo-lr lr=0.2 (1)"],
-        ["---"] * 5,
+    assert table[:1] + table[2:] == [
+        ["step", "rloo (3)", "grpo lr=0.1 (2)", "grpo lr=0.2 (1)", "grpo beta=None lr=0.1 (1)"],
         ["0", "0.600 ± 0.058", "0.600 ± 0.100", "0.250", "0.750"],
         ["2", "0.700 ± 0.100 (2)", "none", "1234.500", "none"],
         ["4", "0.850 ± 0.100 (2)", "none", "none", "none"],
@@ -422,9 +375,18 @@ def test_runs(tmp_path, capsys):
     ]
 
 
+def test_the_reward_over_the_kl(tmp_path, capsys):
+    """At each step the mean of both; a step without one of them is no point."""
+    lines = '{"step": 1, "eval/reward": %s, "eval/kl": %s}\n{"step": 2, "eval/kl": 3.0}\n'
+    runs = [write_run(tmp_path / str(i), {0: 0.5}, lines % (0.6 + i / 5, 1 + i), seed=i) for i in range(2)]
+    compare.main(compare.Args(runs=tuple(runs), x="kl"))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert [row.split() for row in rows] == ["| 1 | 0.700 ± 0.100 at KL 1.50 |".split()]
+
+
 def test_the_same_run_twice_is_one_run(tmp_path, capsys):
-    short = write_run(tmp_path / "20250101-000000-rloo", {0: 0.5})
-    long = write_run(tmp_path / "20250101-000001-rloo", {0: 0.5, 1: 0.75})
+    short = write_run(tmp_path / "20250101-000000-rloo", {0: 0.5}, algorithm="rloo")
+    long = write_run(tmp_path / "20250101-000001-rloo", {0: 0.5, 1: 0.75}, algorithm="rloo")
     for runs in (short, long), (long, short):
         compare.main(compare.Args(runs=runs))
         out, err = capsys.readouterr()
@@ -432,11 +394,11 @@ def test_the_same_run_twice_is_one_run(tmp_path, capsys):
         assert err == f"{runs[1]}: arguments and seed of another run; the longer one is taken\n"
 
 
-def test_runs_of_two_algorithms_in_folders_of_one_name(tmp_path, capsys):
+def test_folders_names_do_not_matter(tmp_path, capsys):
     runs = [write_run(tmp_path / name / "run", {0: 0.5}, algorithm=name) for name in ("rloo", "grpo")]
     runs.append(write_run(tmp_path / "old" / "run", {0: 0.5}, seed=1))  # its config.json does not say
     compare.main(compare.Args(runs=tuple(runs)))
-    assert "| step | run algorithm=rloo (1) | run algorithm=grpo (1) | run (1) |" in capsys.readouterr().out
+    assert "| step | rloo (1) | grpo (1) | run (1) |" in capsys.readouterr().out
 
 
 def test_another_metric(tmp_path, capsys):
@@ -444,9 +406,7 @@ def test_another_metric(tmp_path, capsys):
     compare.main(compare.Args(runs=(folder,), metric="kl"))
     out = capsys.readouterr().out
     assert "| 1    | 0.250 " in out and "| 2    | 0.000 " in out and "| 0 " not in out
-    assert "give folders with a config.json and, in metrics.jsonl, no, or another" in refused(
-        runs=(folder,), metric="no"
-    )
+    assert "give folders of runs whose metrics.jsonl has no, or another" in refused(runs=(folder,), metric="no")
 
 
 @pytest.mark.parametrize(
@@ -454,13 +414,15 @@ def test_another_metric(tmp_path, capsys):
 )
 def test_a_line_that_cannot_be_read(tmp_path, line):
     folder = write_run(tmp_path / "rloo", {0: 0.5}, line + "\n")
-    assert refused(runs=(folder,)).startswith(f"{folder}/metrics.jsonl, line 2: needs ")
+    assert refused(runs=(folder,)).startswith(f"cannot read {folder}/metrics.jsonl, line 2: no run of this project")
 
 
 def test_a_config_that_cannot_be_read(tmp_path):
     folder = write_run(tmp_path / "rloo", {0: 0.5})
     Path(folder, "config.json").write_text('{"seed": 0')
-    assert refused(runs=(folder,)).startswith(f"cannot read {folder}/config.json, the arguments of a run (JSON")
+    assert refused(runs=(folder,)).startswith(
+        f"cannot read {folder}/config.json: no run of this project wrote it (JSON"
+    )
 
 
 def test_a_picture_without_matplotlib(tmp_path, capsys, monkeypatch):
@@ -468,17 +430,3 @@ def test_a_picture_without_matplotlib(tmp_path, capsys, monkeypatch):
     message = refused(runs=(write_run(tmp_path / "rloo", {0: 0.5}),), plot=str(tmp_path / "curves.svg"))
     assert message.startswith("--plot needs matplotlib: uv run --with matplotlib -m nano_rl.compare ...")
     assert "| 0    | 0.500 " in capsys.readouterr().out and not (tmp_path / "curves.svg").exists()
-
-
-# ---- Alone ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_file_alone(model, tmp_path):
-    """Copied into an empty folder it runs, without a progress bar in the output."""
-    shutil.copy(ROOT / "nano_rl" / "compare.py", tmp_path)
-    command = [sys.executable, "compare.py", "--policies", model, model, "--max-new-tokens", "4", "--num-samples", "1"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert done.stdout.startswith("A: ")
-    assert [path.name for path in tmp_path.glob("runs/*-compare/comparison.json")] == ["comparison.json"]

@@ -33,13 +33,12 @@ def test_the_wheel_saves_to_the_bit(smollm2, tmp_path):
     assert text == tokenizer.apply_chat_template(messages, tokenize=False) and "<|im_start|>user\nHi<|im_end|>" in text
 
 
-def test_it_writes_english_and_the_sampler_is_close(smollm2, monkeypatch):
+def test_it_writes_english_and_the_sampler_is_close(monkeypatch):
     monkeypatch.setattr(reinforce, "has_bfloat16", lambda device: True)
-    policy, tokenizer = smollm2
     args = reinforce.Args(max_new_tokens=24)
+    policy, _, sampler, tokenizer = reinforce.load_policy(args, CPU)
     examples, held_out = reinforce.load_prompts(args, tokenizer, policy)
     assert (len(examples), len(held_out)) == (24, 8)
-    sampler = reinforce.make_sampler(policy, tokenizer, args)
     torch.manual_seed(0)
     batch, texts = reinforce.sample(sampler, tokenizer, examples[:4], args.temperature)
     assert all(len(reinforce.WORD.findall(text)) > 5 for text in texts)

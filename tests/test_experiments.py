@@ -33,22 +33,24 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         file, *flags = command.split()
         module = importlib.import_module(file)
         parsed = vars(tyro.cli(module.Args, args=flags))
-        for flag in "model reward_model prompts data labels pairs eval_pairs questions".split():
+        for flag in "model reward_model prompts data labels pairs eval_pairs policies".split():
             for path in [parsed.get(flag)] if isinstance(parsed.get(flag), str) else parsed.get(flag) or []:
-                assert path in written or Path(path).is_file() or path == getattr(module.Args, flag, None), path
-        folder = Path(parsed.get("output_dir") or parsed["results_dir"])
+                assert path in (written | {"", rloo.Args.model}) or Path(path).is_file(), path
+        folder = Path(parsed["output_dir"])
         assert str(folder) not in written
         written.update(map(str, (folder, folder / "policy", folder / "reward_model")))
         run.write(folder / "metrics.jsonl", [METRICS | {"eval/reward": 0.25}, METRICS])
-        row = {"split": "held_out", "reward": 1.0, "formatted": 0.0}
+        row = {"split": "held_out", "reward": 1.0}
         run.write(folder / "completions.jsonl", [row | {"step": 0, "reward": -1.0}, row | {"step": 12}])
+        policies = dict.fromkeys(range(len(parsed.get("policies", ()))), {"mean": 0.25 * (len(written) % 2)})
+        (folder / "comparison.json").write_text(json.dumps({"table": {"reward": policies}}))
         Path(f"{folder}.json").write_text('{"seconds": 60, "memory": 4}')
 
     monkeypatch.setattr(run, "run_job", pretend)
     run.main(run.Args(name, data=tmp_path / "data", output_dir=tmp_path / "out", workers=1))
     out = capsys.readouterr().out
     if name == "arithmetic":
-        assert "| grpo | 0.000 ± 0.000 | 0.000 ± 0.000 | 0.000, 0.000, 0.000 |" in out
+        assert "| grpo | 0.250 ± 0.000 | 0.000 ± 0.000 | 0.250, 0.250, 0.250 |" in out
     else:
         assert "| 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 | +0.250, +0.250, +0.250 | 50 ± 0 |" in out
     if name == "imdb":
@@ -101,8 +103,8 @@ def test_trl_is_evaluated_and_written_down_like_our_own_run(model, tmp_path, mon
     assert seen["options"]["max_steps"] == 5 and seen["options"]["seed"] == 3
     penalty = 0.5 * (1 - 2 / rloo.MIN_WORDS)
     assert seen["rewards"] == pytest.approx([0.5 - penalty])  # one of two words is new
-    config, curve = compare.read_run(tmp_path / "trl", "eval/reward")
-    assert config["seed"] == 3 and list(curve) == [0, 2, 4, 5]
+    config, curve = compare.read_run(tmp_path / "trl", "eval/reward", "step")
+    assert config["seed"] == 3 and config["algorithm"] == "trl-grpo" and list(curve) == [0, 2, 4, 5]
 
 
 def test_the_spread_of_vectors():

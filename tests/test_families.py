@@ -126,7 +126,7 @@ def test_logprobs_are_those_of_stepwise_logits_under_left_padding(tmp_path, fami
     logprobs = grpo.compute_logprobs(policy, batch, 1.0)
     assert logprobs[batch["mask"].bool()].std() > 0.3, "the tokens are not all as likely"
     for row, prompt in enumerate(prompts):
-        ids = batch["completion_ids"][row][batch["mask"][row].bool()].tolist()
+        ids = batch["input_ids"][row, -batch["mask"].shape[1] :][batch["mask"][row].bool()].tolist()
         for t, token in enumerate(ids):
             logits = policy(torch.tensor([prompt + ids[:t]]), use_cache=False).logits[0, -1]
             assert (logits.float().log_softmax(dim=0)[token] - logprobs[row, t]).abs() < 2e-4

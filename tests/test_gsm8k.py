@@ -1,11 +1,9 @@
 """Rewards for verifiable answers: what a text parses to, that no text breaks them, and the accuracy of a policy."""
 
-import ast
 import importlib
 import json
 import math
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -14,10 +12,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from tiny import make_tokenizer, save_policy
-from transformers import AutoModelForCausalLM
+import tyro
 
-import nano_rl.gsm8k as gsm8k
+from nano_rl import compare, gsm8k, reinforce
 from nano_rl.gsm8k import correct, formatted, parse_answer
 
 ROOT = Path(__file__).parent.parent
@@ -368,144 +365,28 @@ def test_it_rewards_in_every_file(model, tmp_path, monkeypatch, name):
     assert rewards == {(row["question"], float("#### 3" in row["answer"])) for row in ROWS}
 
 
-# ---- Greedy accuracy ------------------------------------------------------------------------------------------------
-
-
-def measure(model, tmp_path, rows=ROWS, **flags) -> dict[str, float]:
-    file = write(tmp_path / "test.jsonl", rows)
-    return gsm8k.main(gsm8k.Args(**({"questions": file, "model": model, "max_new_tokens": 8} | flags)))
-
-
-def test_accuracy_and_its_standard_error(model, tmp_path, monkeypatch, capsys):
-    texts = {"the a sings": "0", "the c sings": "<think>1+1</think><answer>2</answer>", "the d sings": "4"}
-    sample, calls = gsm8k.sample, []
+def test_the_accuracy_of_policies(model, tmp_path, monkeypatch):
+    """compare.py with the same reward: greedy, with a standard error over the questions, of one policy or several."""
+    texts = {"the a sings": "0", "the c sings": "2", "the d sings": "4"}
+    sample, calls = reinforce.sample, []
 
     def answer(sampler, tokenizer, examples, temperature):
         calls.append((len(examples), temperature))
-        batch, _ = sample(sampler, tokenizer, examples, temperature)
-        batch["terminated"][:] = True
-        batch["terminated"][0] = False
-        return batch, [texts.get(example["prompt"], "") for example in examples]
+        return sample(sampler, tokenizer, examples, temperature)[0], [texts.get(e["prompt"], "") for e in examples]
 
-    monkeypatch.setattr(gsm8k, "sample", answer)
-    metrics = measure(model, tmp_path, eval_batch_size=4, results_dir=str(tmp_path / "results"))
+    monkeypatch.setattr(reinforce, "sample", answer)
+    flags = ["--policies", model, "--prompts", write(tmp_path / "test.jsonl", ROWS), "--all-prompts"]
+    flags += "--temperature 0 --num-samples 1 --max-new-tokens 8 --batch-size 4".split()
+    flags += ["--reward-fn", "nano_rl.gsm8k:correct", "--output-dir", str(tmp_path / "compared")]
+    compare.main(tyro.cli(compare.Args, args=flags))
+    assert calls == [(4, 0.0), (2, 0.0)]
+    found = json.loads((tmp_path / "compared/comparison.json").read_text())
     rewards = [1, 0, 1, 0, 0, 0]
-    assert calls == [(4, 0.0), (2, 0.0)], "greedily, the last batch with what is left"
-    assert metrics["accuracy"] == pytest.approx(2 / 6)
-    assert metrics["accuracy_se"] == pytest.approx(statistics.stdev(rewards) / math.sqrt(6))
-    assert metrics["formatted"] == pytest.approx(1 / 6) and metrics["completions/clipped_ratio"] == pytest.approx(2 / 6)
-    assert capsys.readouterr().out == (
-        "questions 6  accuracy 0.333  accuracy_se 0.211  formatted 0.167  completions/clipped_ratio 0.333\n"
-    )
-    (file,) = (tmp_path / "results").iterdir()
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert file.name == "completions.jsonl" and [row["reward"] for row in rows] == rewards
-    assert rows[2] == {
-        "prompt": "the c sings",
-        "completion": texts["the c sings"],
-        "answer": ROWS[2]["answer"],
-        "reward": 1.0,
-        "formatted": 1.0,
-    }
+    standard_error = statistics.stdev(rewards) / math.sqrt(6)
+    assert found["prompts"] == 6
+    assert found["table"]["reward"] == {"A": {"mean": pytest.approx(2 / 6), "se": pytest.approx(standard_error)}}
 
 
-def test_the_completions_are_the_greedy_ones(model, tmp_path, monkeypatch):
-    """Those of a search, one prompt at a time and without padding, for the most likely token."""
-    monkeypatch.setattr(gsm8k, "has_bfloat16", lambda device: False)  # its rounding depends on the batch
-    rows = [{"prompt": "the sea " * n, "answer": n} for n in (1, 4, 2)]
-    measure(model, tmp_path, rows, eval_batch_size=2, results_dir=str(tmp_path / "results"))
-    policy, tokenizer = AutoModelForCausalLM.from_pretrained(model), make_tokenizer()
-    lines = (tmp_path / "results" / "completions.jsonl").read_text().splitlines()
-    for row, line in zip(rows, lines, strict=True):
-        messages = [{"role": "user", "content": row["prompt"]}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-        expected = policy.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-        assert json.loads(line)["completion"] == tokenizer.decode(expected, skip_special_tokens=True)
-
-
-def test_the_first_questions_only(model, tmp_path, capsys):
-    measure(model, tmp_path, [*ROWS[:3], "not JSON"], num_questions=3)
-    assert capsys.readouterr().out.startswith("questions 3  ")
-
-
-def test_without_a_chat_template(tmp_path):
-    assert measure(save_policy(tmp_path / "model", tokenizer=make_tokenizer(chat=False)), tmp_path)["accuracy"] == 0
-
-
-def refused(*inputs, **flags) -> str:
-    with pytest.raises(SystemExit) as error:
-        measure(*inputs, **flags)
-    assert isinstance(error.value.code, str) and "\n" not in error.value.code
-    return error.value.code
-
-
-@pytest.mark.parametrize(
-    "row, what",
-    [
-        ('{"question": "a", "answer": "1"', "JSONDecodeError"),
-        ('{"question": "a"}', "KeyError: 'answer'"),
-        ('{"text": "a", "answer": "1"}', "KeyError: 'question'"),
-        ('{"question": null, "answer": "1"}', "TypeError"),
-        ('["a"]', "TypeError"),
-        ("", "JSONDecodeError"),
-        (
-            '{"question": "a", "answer": "#### none"}',
-            "ValueError: no number, or several, in the answer '#### none' to 'a'",
-        ),
-        ('{"question": "%s", "answer": "1"}' % ("sun " * 60), "the model's 64 less --max-new-tokens leave 56"),
-    ],
-)
-def test_bad_rows(model, tmp_path, row, what):
-    message = refused(model, tmp_path, [ROWS[0], row, *ROWS[1:]])
-    assert message.startswith(f"{tmp_path / 'test.jsonl'}, line 2: needs ") and what in message
-
-
-def test_other_bad_input(model, tmp_path):
-    assert "needs 2 questions or more" in refused(model, tmp_path, ROWS[:1])
-    assert "No such file" in refused(model, tmp_path, questions=str(tmp_path / "none.jsonl"))
-    for name, value, least in ("eval_batch_size", 0, 1), ("max_new_tokens", 0, 1), ("num_questions", -1, 0):
-        flag = f"--{name.replace('_', '-')}"
-        assert refused(model, tmp_path, **{name: value}) == f"{flag} {value}: must be at least {least}"
-    assert refused("no-one/no-such-model", tmp_path).startswith("cannot load no-one/no-such-model: check the name")
-
-
-def test_the_results_of_another_run_are_kept(model, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "completions.jsonl").write_text("the other's")
-    message = refused(model, tmp_path, results_dir=str(tmp_path / "run"))
-    assert message.startswith(f"cannot write to --results-dir {tmp_path / 'run'}: choose another")
-    assert (tmp_path / "run" / "completions.jsonl").read_text() == "the other's"
-    (tmp_path / "file").write_text("")
-    assert "FileExistsError" in refused(model, tmp_path, results_dir=str(tmp_path / "file"))
-
-
-# ---- The file -------------------------------------------------------------------------------------------------------
-
-
-def test_a_copied_file_measures_without_this_project(model, tmp_path):
-    shutil.copy(ROOT / "nano_rl" / "gsm8k.py", tmp_path)
-    write(tmp_path / "test.jsonl", ROWS)
-    flags = ["--questions", "test.jsonl", "--model", model, "--max-new-tokens", "4", "--results-dir", "results"]
-    done = subprocess.run(
-        [sys.executable, "gsm8k.py", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("questions 6  accuracy 0.000  ") and done.stdout.count("\n") == 1
-    assert done.stderr == "", "a log file holds no progress bars and no warnings"
-    assert (tmp_path / "results" / "completions.jsonl").read_text().count("\n") == 6
-
-
-def definitions(name: str) -> dict[str, str]:
-    """The source of every function and flag."""
-    source = (ROOT / "nano_rl" / f"{name}.py").read_text()
-    tree = ast.parse(source)
-    found = {node.name: ast.get_source_segment(source, node) for node in tree.body if isinstance(node, ast.FunctionDef)}
-    flags = source.split("class Args:")[1].split("\n\n")[0].splitlines()[1:]
-    return found | {"flag " + line.split(":")[0].strip(): line for line in flags}
-
-
-def test_what_it_shares_with_compare_is_the_same():
-    ours, theirs = definitions("gsm8k"), definitions("compare")
-    shared = (ours.keys() & theirs.keys()) - {"main", "flag model"}
-    assert {name for name in shared if ours[name] != theirs[name]} == set()
-    assert shared >= {"load", "make_sampler", "sample", "save", "one_line", "as_messages"}
+def test_it_needs_neither_a_model_nor_this_project():
+    code = "import sys, gsm8k; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT / "nano_rl").returncode == 0

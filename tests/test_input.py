@@ -100,7 +100,7 @@ def test_a_gated_model(tmp_path, monkeypatch):
 
 def test_a_reward_model_without_a_head(model, tmp_path):
     message = refused(model, tmp_path, reward_model=model)
-    assert "of AutoModelForSequenceClassification that are missing or not finite: ['score.weight']" in message
+    assert "missing: ['score.weight'], quantized or not finite: []" in message
 
 
 @pytest.mark.parametrize(

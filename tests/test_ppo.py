@@ -134,6 +134,7 @@ def test_a_value_does_not_see_its_token():
 
 def test_values_start_at_the_held_out_reward_or_at_a_reward_models(model, tmp_path, monkeypatch):
     values, compute_values = [], ppo.compute_values
+    monkeypatch.setattr(ppo, "has_bfloat16", lambda device: False)
     monkeypatch.setattr(ppo, "compute_values", lambda *inputs: values.append(compute_values(*inputs)) or values[-1])
     folder = run(model, tmp_path / "run", num_steps=1)
     start = torch.tensor(read(folder)[0]["eval/reward"])
@@ -163,7 +164,7 @@ def test_value_models_that_cannot_be(model, tmp_path):
     short = save_reward_model(tmp_path / "short", config=gpt2_config(len(tokenizer), n_positions=32, pad_token_id=0))
     with pytest.raises(ppo.InputError, match="must have one label, and read what --model reads"):
         run(policy, tmp_path / "run", value_model=short)
-    with pytest.raises(ppo.InputError, match="missing or not finite"):
+    with pytest.raises(ppo.InputError, match="missing: \\[.*score.weight"):
         run(model, tmp_path / "run", value_model=model)
     assert not (tmp_path / "run").exists()
 

@@ -39,7 +39,7 @@ def test_the_page_fits():
 
 
 def test_the_commands_are_found():
-    assert len(COMMANDS) > 20 and {name for name, _ in COMMANDS} >= {"reinforce", "grpo", "sft", "compare", "gsm8k"}
+    assert len(COMMANDS) > 20 and {name for name, _ in COMMANDS} >= {"reinforce", "grpo", "sft", "compare"}
     assert "pip install uv && uv run -m nano_rl.reinforce" in README and "uv run pytest" in README
 
 
@@ -83,8 +83,6 @@ def test_a_command_of_the_readme(name, flags, folder, model, tmp_path, monkeypat
 
     given = {name: value for name, value in vars(args).items() if value}
     changes = {name: SMALL[name] for name in small(module)} | {"output_dir": str(tmp_path / "run")}
-    if name == "gsm8k":
-        changes.pop("output_dir")
     if name != "compare":
         changes |= {"model": here(args.model)}
     if "policies" in given:
@@ -95,7 +93,7 @@ def test_a_command_of_the_readme(name, flags, folder, model, tmp_path, monkeypat
         changes = {"num_steps": 2}
     if "runs" in given:
         changes = {"plot": str(tmp_path / args.plot) if find_spec("matplotlib") else None}
-    (module.main if name in ("compare", "gsm8k") else module.train)(replace(args, **changes))
+    (module.main if name == "compare" else module.train)(replace(args, **changes))
 
 
 @pytest.mark.parametrize("name, flags", SCRIPTS, ids=lambda words: words)

@@ -107,7 +107,7 @@ def score(file, reward_fn: Callable, texts: list[str], examples: list[dict] | No
     """`file`'s score of these completions of one token each, in the first step of a run."""
     ones = torch.ones(len(texts), 1, dtype=torch.long)
     run = SimpleNamespace(state={"step": 0}, args=file.Args(num_steps=3), loop=asyncio.Runner())
-    batch = {"completion_ids": ones, "mask": ones}
+    batch = {"input_ids": ones, "mask": ones}
     return file.score(run, reward_fn, examples or make_examples(*[[1]] * len(texts)), batch, texts)
 
 

@@ -13,6 +13,7 @@ has the full length. What is not reached in time is named at the end. The page a
 go to --output-dir. On a CPU it runs too, where it is of use to tests only.
 """
 
+import copy
 import gc
 import importlib
 import json
@@ -22,7 +23,7 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -91,7 +92,7 @@ def seconds_of_sampling(model, tokenizer, way: str, rows: int, length: int) -> t
     sampler = reinforce.make_sampler(model, tokenizer, reinforce.Args(max_new_tokens=length))
     config = sampler.generation_config
     config.eos_token_id, config.cache_implementation = None, "static" if way == WAYS[2] else None
-    config.do_sample = way == WAYS[1]  # `sample` says so itself
+    config.do_sample = way == WAYS[1]  # `sample` draws by itself
     prompt_ids = [3] * 37
     examples = [{"prompt_ids": prompt_ids, "begun": ""}] * rows
     function = partial(reinforce.sample, sampler, tokenizer, examples, 1.0)
@@ -130,7 +131,7 @@ def show_steps(args: Args, page: Page, load) -> None:
         job |= {"model": args.model, "lora_rank": rank, "micro_batch_tokens": 8192}
         file = importlib.import_module(f"nano_rl.{algorithm}")
         try:
-            with mock.patch.object(file, "load", lambda _, __, device, dtype, s=shape: load(s, device, dtype)):
+            with mock.patch.object(file, "load", lambda _, __, ___, dtype, s=shape: load(s, dtype)):
                 result = run_job(job)
         except torch.OutOfMemoryError:
             page.say(f"| {' | '.join(map(str, names))} | out of memory | | |")
@@ -166,15 +167,16 @@ def main(args: Args) -> None:
     page = Page(args.output_dir)
     transformers.logging.disable_progress_bar()
     try:
-        real = reinforce.load(transformers.AutoModelForCausalLM, args.model, device)
+        real, tokenizer = reinforce.load(transformers.AutoModelForCausalLM, args.model, device)
     except reinforce.InputError:
-        real = None
+        real, tokenizer = None, make_tokenizer()
 
-    def load(shape: str, device: torch.device = device, dtype: torch.dtype = torch.float32) -> tuple:
-        if shape == "135M" and real:
-            return reinforce.load(transformers.AutoModelForCausalLM, args.model, device, dtype)
-        with device:
-            return random_model(SHAPES[shape], dtype), real[1] if real else make_tokenizer()
+    @lru_cache(maxsize=1)  # the shape in use, beside the GPU's memory
+    def make(shape: str) -> torch.nn.Module:
+        return real.cpu() if shape == "135M" and real else random_model(SHAPES[shape])
+
+    def load(shape: str, dtype: torch.dtype = torch.float32) -> tuple:
+        return copy.deepcopy(make(shape)).to(device, dtype), tokenizer
 
     limits = machine_limits(device, torch.bfloat16)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -45,6 +45,7 @@ from nano_rl.gsm8k import correct, formatted
 
 LADDER = "reinforce rloo remax raft grpo ppo".split()
 BASELINES = "none mean ema scst".split()
+RULES = "correct formatted".split()  # of gsm8k.py
 
 
 @dataclass
@@ -244,16 +245,17 @@ def arithmetic(args: Args) -> None:
     train_seeds(args, jobs)
 
     trained = {"sft": ["sft"]} | {name: [f"{name}-{seed}" for seed in args.seeds] for name in jobs}
-    ask = f"nano_rl.gsm8k --questions {test} --max-new-tokens 32 --results-dir {args.output_dir}"
-    asked = {"start-test": f"{ask}/start-test"}
-    for name in sum(trained.values(), []):
-        asked[f"{name}-test"] = f"{ask}/{name}-test --model {args.output_dir / name / 'policy'}"
-    run(args, asked)
+    policies = {"start": reinforce.Args.model}
+    policies |= {name: args.output_dir / name / "policy" for name in sum(trained.values(), [])}
+    ask = f"nano_rl.compare --prompts {test} --all-prompts --temperature 0 --num-samples 1 --max-new-tokens 32"
+    ask += f" --policies {' '.join(map(str, policies.values()))} --output-dir {args.output_dir}"
+    run(args, {f"test-{rule}": f"{ask}/test-{rule} --reward-fn nano_rl.gsm8k:{rule}" for rule in RULES})
+    tables = [json.loads((args.output_dir / f"test-{rule}/comparison.json").read_text())["table"] for rule in RULES]
+    shares = [dict(zip(policies, (entry["mean"] for entry in table["reward"].values()))) for table in tables]
     rows = []
     for name, runs in {"start": ["start"], **trained}.items():
-        answers = [read(args.output_dir / f"{run}-test/completions.jsonl") for run in runs]
-        shares = [[mean(row[key] for row in rows) for rows in answers] for key in ("reward", "formatted")]
-        rows.append([name, *(estimate(share) for share in shares), ", ".join(f"{share:.3f}" for share in shares[0])])
+        cells = [estimate([share[run] for run in runs]) for share in shares]
+        rows.append([name, *cells, ", ".join(f"{shares[0][run]:.3f}" for run in runs)])
     show(["policy", "accuracy", "formatted", "accuracy of each seed"], rows)
 
 

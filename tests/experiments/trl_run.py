@@ -91,7 +91,9 @@ def main(args: Args) -> None:
     policy.set_attn_implementation("sdpa")  # transformers' default, which TRL's user gets; `load` may choose another
     reward_fn = rloo.load_reward_fn(ours, run.device)
     args.output_dir.mkdir(parents=True)
-    (args.output_dir / "config.json").write_text(json.dumps(asdict(args) | {"output_dir": str(args.output_dir)}))
+    (args.output_dir / "config.json").write_text(
+        json.dumps(asdict(args) | {"algorithm": f"trl-{args.algorithm}", "output_dir": str(args.output_dir)})
+    )
 
     def evaluate(step: int) -> None:
         policy.eval()  # the trainer calls train() in every step
