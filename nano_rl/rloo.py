@@ -463,8 +463,7 @@ def evaluate(run, policy, ref_policy, sampler, tokenizer, prompts: list[dict], r
 def show(text: str) -> None:
     """On the screen, in one process. It is for the eye: no closed pipe and no encoding ends a run."""
     with suppress(Exception):
-        if PartialState().is_main_process:
-            print(text, flush=True)
+        PartialState().print(text, flush=True)
 
 
 class Run:
@@ -476,6 +475,7 @@ class Run:
         self.accelerator = Accelerator(cpu=torch.backends.mps.is_available(), log_with="wandb")
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index  # a Mac's GPU is untried
         self.num_processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
+        self.write = self.accelerator.on_main_process(self.write)
         self.loop = asyncio.Runner()  # of all calls of an async reward function
         self.state = {"step": 0, "num_drawn": 0, "same": [], "log_sizes": {}, "wandb_id": os.urandom(4).hex()}
         folder = args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}"
@@ -508,10 +508,12 @@ class Run:
         self.parts = [nn.ParameterList(parameters), *optimizers]
         for part, saved in zip(self.parts, self.state.pop("parts", [])):
             part.load_state_dict(saved)
-        if self.is_main and not self.args.resume and any(self.folder.glob("*")):
-            raise InputError(f"--output-dir {self.folder} is not empty: choose another, or --resume it")
         config = {"algorithm": Path(__file__).stem, "torch": torch.__version__, **asdict(self.args)}
-        self.write("config.json", lambda path: path.write_text(json.dumps(config, indent=2), encoding="utf-8"))
+        text, left = json.dumps(config, indent=2), ("config.json", "wandb")  # by a start of the same that failed
+        others = [p for p in self.folder.glob("*") if p.name not in left or p.is_file() and p.read_text() != text]
+        if self.is_main and not self.args.resume and others:
+            raise InputError(f"--output-dir {self.folder} is not empty: choose another, or --resume it")
+        self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
         for name, size in self.state["log_sizes"].items() if self.is_main else ():
             os.truncate(self.folder / name, size)  # the steps after the checkpoint are made again
         os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
@@ -580,9 +582,9 @@ class Run:
         self.state["same"] = [r for r in [*self.state["same"], reward] if is_one and r == reward]  # of the steps so far
         lines += ["no reward differs in three steps: does it find what it seeks?"] * (len(self.state["same"]) == 3)
         lines += [f"{r['prompt']}\n  > {' '.join(r['completion'].split())}" for r in rows if r["split"] != "train"][:1]
-        show(f"step {step}/{self.args.num_steps}  " + "\n  ".join(filter(None, lines)))
+        show("\n  ".join([f"step {step}/{self.args.num_steps}  {lines[0]}", *filter(None, lines[1:])]))
         for name, entries in (("metrics.jsonl", [metrics]), ("completions.jsonl", rows)) if self.is_main else ():
-            with open(self.folder / name, "a", encoding="utf-8") as file:
+            with open(self.folder / name, "a" if step else "x", encoding="utf-8") as file:  # x: of no other run
                 file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in entries)
             self.state["log_sizes"][name] = (self.folder / name).stat().st_size
 
@@ -592,10 +594,8 @@ class Run:
         self.save_time = time.perf_counter()
 
     def write(self, name: str, save: Callable[[Path], object]) -> None:
-        """Beside what stands there, and then renamed: a file is always whole. In the first process only."""
+        """Beside what stands there, and then renamed: a file is always whole."""
         path, room = self.folder / name, self.folder / "partial"
-        if not self.is_main:
-            return
         try:
             room.mkdir(parents=True, exist_ok=True)
             save(room / name)

