@@ -576,7 +576,7 @@ def test_13_a_start_that_failed_is_in_no_ones_way(model, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(reinforce, "evaluate", slower_than_the_other)
     with pytest.raises(FileExistsError):
-        run(model, tmp_path / "two", **args)
+        run(model, tmp_path / "two", num_steps=1)
     assert (tmp_path / "two/metrics.jsonl").read_text() == "the other's"
 
 
