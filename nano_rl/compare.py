@@ -323,6 +323,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # ± and completions, on any screen
     try:
         main(tyro.cli(Args))
     except (InputError, KeyboardInterrupt) as error:

@@ -176,10 +176,10 @@ def run_job(job: dict) -> dict:
     return seconds | {"memory": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak}
 
 
-def random_model(shape: dict, dtype: torch.dtype = torch.float32):
+def random_model(shape: dict):
     ends = {"eos_token_id": None, "bos_token_id": None}
     config = transformers.LlamaConfig(**shape, **ends, tie_word_embeddings=True)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def best_seconds(function, repeats: int = 5) -> float:
