@@ -117,7 +117,7 @@ def compute_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num_complet
 
 
 def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
-    """log π(y_t | x, y_<t) of the sampled tokens (n, T), at the temperature that sampled them; 0 after the stop."""
+    """log π(y_t | x, y_<t) of the completions' tokens (n, T), π at this temperature; 0 after the stop."""
     num_tokens = batch["mask"].shape[1]  # T
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}  # (n, P + T) each
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=has_bfloat16(policy.device)):
@@ -198,14 +198,14 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
             "kl": kl[batch["mask"].bool()] if args.kl_coef else None,
             "grad_norm": grad_norm,
         }
-        samples = [("train", examples, completions, rewards)]
+        samples = [("train", examples, completions, rewards.tolist())]
         if step == args.num_steps or args.eval_every and step % args.eval_every == 0:
             eval_metrics, eval_samples = evaluation()  # of the updated policy
             metrics |= eval_metrics
             samples += eval_samples
         run.log(step, metrics, samples)
 
-    return run.finish(policy, ref_policy, tokenizer)
+    return run.finish(policy, ref_policy.generation_config, tokenizer)
 
 
 # =====================================================================================================================
@@ -468,7 +468,7 @@ def evaluate(run, policy, ref_policy, sampler, tokenizer, prompts: list[dict], r
         words = torch.tensor([len(WORD.findall(completion)) for completion in completions])  # (n,)
         logprobs, ref_logprobs = [score_logprobs(m, batch, args)[batch["mask"].bool()] for m in (policy, ref_policy)]
         table.append([rewards, words, (logprobs - ref_logprobs).cpu(), ref_logprobs.cpu()])
-        samples.append(("held_out", part, completions, rewards))
+        samples.append(("held_out", part, completions, rewards.tolist()))
     names = ("eval/reward", "eval/words", "eval/kl", "eval/ref_logprob")  # the last: fluency, as the start judges it
     values = {name: run.gather(torch.cat(parts)) for name, parts in zip(names, zip(*table))}  # of all processes
     means = values["eval/reward"].view(-1, group_size).mean(dim=1)  # of each prompt
@@ -485,7 +485,8 @@ def show(text: str) -> None:
 class Run:
     """A run's folder, which `start` makes, its logs and checkpoint, and the processes that share its work."""
 
-    def __init__(self, args: Args):
+    def __init__(self, args: Args, num_steps=15, saved="policy", shown="reward completions/mean_length kl"):
+        self.saved, self.shown = saved, shown  # the folder of what is trained; metrics for the screen
         load_dotenv()  # HF_TOKEN, WANDB_API_KEY
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: a fifth less time in training on a CPU
         self.accelerator = Accelerator(cpu=torch.backends.mps.is_available(), log_with="wandb")
@@ -496,13 +497,14 @@ class Run:
         self.state = {"step": 0, "num_drawn": 0, "same": [], "log_sizes": {}, "wandb_id": os.urandom(4).hex()}
         folder = args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}"
         self.folder = Path(args.resume or broadcast_object_list([folder])[0])  # as the first process names it
-        self.args = self.resume(args) if args.resume else replace(args, num_steps=args.num_steps or 15)
-        for name, kind in {name: type(default) for name, default in asdict(Args()).items()}.items():  # a Path is text
-            value, is_positive = kind(getattr(self.args, name) or kind()), re.match("num_|.*_tokens|batch|temp", name)
+        self.args = self.resume(args) if args.resume else replace(args, num_steps=args.num_steps or num_steps)
+        for name, default in asdict(Args()).items():
+            kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp", name)
+            value = kind(getattr(self.args, name) or kind())  # a Path is text
             if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and not is_positive):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
             self.args = replace(self.args, **{name: value})
-        files = [Path(path) for path in (self.args.prompts, self.args.eval_prompts) if Path(path).is_file()]
+        files = [Path(v) for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]
         found = [Path(__file__).stem, self.num_processes, *(hashlib.sha256(f.read_bytes()).hexdigest() for f in files)]
         if self.state.setdefault("found", found) != found or self.args.num_steps < self.state["step"]:
             raise InputError(f"cannot resume {self.folder}: other prompts, more or fewer processes, or fewer steps")
@@ -533,7 +535,7 @@ class Run:
         for name, size in self.state["log_sizes"].items() if self.is_main else ():
             os.truncate(self.folder / name, size)  # the steps after the checkpoint are made again
         os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
-        wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow"}
+        wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
         self.args.track and self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
         self.step_time = self.save_time = time.perf_counter()
 
@@ -591,9 +593,9 @@ class Run:
         metrics["step_time"] = time.perf_counter() - self.step_time
         self.accelerator.log(metrics, step=step)
         rows = gather_object([(split, *row) for split, *columns in samples for row in zip(*columns, strict=True)])
-        rows = [{"split": s, "prompt": e["prompt"], "completion": c, "reward": r.item()} for s, e, c, r in rows]
-        names = "reward completions/mean_length kl", "eval/reward eval/words eval/kl eval/ref_logprob"
-        lines = ["  ".join(f"{n} {metrics[n]:.3f}" for n in line.split() if n in metrics) for line in names]
+        rows = [{"split": s, "prompt": e["prompt"], "completion": c, "reward": r} for s, e, c, r in rows]
+        names = self.shown.split(), [n for n in metrics if n.startswith("eval/") and not n.endswith("_se")]
+        lines = ["  ".join(f"{n} {metrics[n]:.3f}" for n in line if n in metrics) for line in names]
         reward, is_one = metrics.get("reward"), metrics.get("reward_std") == 0
         self.state["same"] = [r for r in [*self.state["same"], reward] if is_one and r == reward]  # of the steps so far
         lines += ["no reward differs in three steps: does it find what it seeks?"] * (len(self.state["same"]) == 3)
@@ -605,8 +607,7 @@ class Run:
             self.state["log_sizes"][name] = (self.folder / name).stat().st_size
 
     def save_checkpoint(self) -> None:
-        state = self.state | {"parts": [part.state_dict() for part in self.parts]}
-        self.write("checkpoint.pt", partial(torch.save, state))
+        self.write("checkpoint.pt", partial(torch.save, self.state | {"parts": [p.state_dict() for p in self.parts]}))
         self.save_time = time.perf_counter()
 
     def write(self, name: str, save: Callable[[Path], object]) -> None:
@@ -622,12 +623,11 @@ class Run:
         finally:
             shutil.rmtree(room, ignore_errors=True)  # a full disk gets its room back
 
-    def finish(self, policy: nn.Module, ref_policy: nn.Module, tokenizer) -> Path:
-        """Saves the policy as a folder that from_pretrained loads, and returns the folder of the run."""
-        merged = policy.cpu().float().merge_and_unload() if self.args.lora_rank and self.is_main else policy
-        parts = (merged, ref_policy.generation_config, tokenizer)  # peft has put the sampler's into the policy
-        self.write("policy", lambda folder: [part.save_pretrained(folder) for part in parts])
-        show(f"trained policy: {self.folder / 'policy'}")
+    def finish(self, model: nn.Module, *others) -> Path:
+        """Saves what from_pretrained loads, an adapter merged, with a generation_config that peft has not changed."""
+        merged = model.cpu().float().merge_and_unload() if hasattr(model, "peft_config") and self.is_main else model
+        self.write(self.saved, lambda folder: [part.save_pretrained(folder) for part in (merged, *others)])
+        show(f"trained {self.saved}: {self.folder / self.saved}")
         self.accelerator.end_training()
         return self.folder
 

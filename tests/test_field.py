@@ -564,6 +564,8 @@ def test_13_a_start_that_failed_is_in_no_ones_way(model, tmp_path, monkeypatch, 
     with pytest.raises(reinforce.InputError, match="is not empty"):
         run(model, tmp_path / "run", **args | {"seed": 1})
     run(model, tmp_path / "run", **args)
+    own = torch.load(tmp_path / "run/checkpoint.pt")["wandb_id"]  # not that of the start that failed, still open
+    assert len(list((tmp_path / "run").glob(f"wandb/offline-run-*/run-{own}.wandb"))) == track
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
     with pytest.raises(reinforce.InputError, match="is not empty"):
