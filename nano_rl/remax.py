@@ -51,7 +51,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -522,10 +522,11 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps to do; after each it saves, when it is time to, and stops, when SIGINT or SIGTERM has come."""
-        self.stop_time, handlers = None, {}
-        with suppress(ValueError):  # outside the main thread
-            handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        self.stop_time = None
+        with ExitStack() as at_the_end:
+            with suppress(ValueError):  # outside the main thread
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    at_the_end.callback(signal.signal, number, signal.signal(number, self.interrupt))
             for step in range(self.state["step"] + 1, self.args.num_steps + 1):
                 self.step_time = time.perf_counter()
                 set_seed(hash((self.args.seed, step, self.rank)) % 2**32)  # a resumed run draws the same
@@ -537,9 +538,6 @@ class Run:
                 if stop:
                     self.accelerator.wait_for_everyone()  # the checkpoint is whole
                     raise KeyboardInterrupt(f"stopped after step {step}: go on with --resume {self.folder}")
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
     def interrupt(self, number: int, _) -> None:  # the step is finished and saved; at a second signal it stops at once
         self.stop_time = self.stop_time or time.monotonic()

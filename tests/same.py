@@ -1,9 +1,15 @@
-"""Copies the text below the banner of reinforce.py, the machinery, into the other files: uv run tests/same.py"""
+"""Copies the machinery of reinforce.py into the other files: uv run tests/same.py
 
+Into the ladder's as a whole, the text below the banner; into those before RL, each function and class that they share.
+"""
+
+import ast
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "nano_rl"
 BANNER = "# " + 117 * "=" + "\n"
+BEFORE_RL = ("reward_model", "sft")
+OWN = {"Args", "compute_loss", "train"}  # of each file
 
 
 def split(source: str) -> tuple[str, str]:
@@ -12,14 +18,30 @@ def split(source: str) -> tuple[str, str]:
     return above, BANNER + below
 
 
+def definitions(source: str) -> dict[str, str]:
+    """The text of each function, of each class and of the program at the end."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If):
+            first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+            found[getattr(node, "name", "program")] = "\n".join(source.splitlines()[first - 1 : node.end_lineno])
+    return found
+
+
 def copy(folder: Path) -> list[str]:
     """The names of the files that were changed."""
     changed = []
-    _, machinery = split((folder / "reinforce.py").read_text(encoding="utf-8"))
+    original = (folder / "reinforce.py").read_text(encoding="utf-8")
     for file in sorted(folder.glob("[a-z]*.py")):
-        above, below = split(file.read_text(encoding="utf-8"))
-        if below not in (BANNER, machinery):  # the banner alone: a file that has none
-            file.write_text(above + machinery, encoding="utf-8")
+        source = file.read_text(encoding="utf-8")
+        above, below = split(source)
+        new = above + split(original)[1] if below != BANNER else source  # the banner alone: a file that has none
+        if file.stem in BEFORE_RL:
+            new, ours = source, definitions(original)
+            for name, text in definitions(source).items():
+                new = new.replace(text, ours[name]) if name in ours.keys() - OWN else new
+        if new != source:
+            file.write_text(new, encoding="utf-8")
             changed.append(file.name)
     return changed
 

@@ -47,7 +47,6 @@ DIFFS = {
     ("rloo", "grpo"): 66,
     ("grpo", "ppo"): 190,
 }
-DIFFERENT = {"Args", "compute_advantages", "compute_loss", "train"}  # where the old shape differs from file to file
 
 
 def above_and_below(name: str) -> tuple[str, str]:
@@ -76,7 +75,7 @@ def test_neighbours_differ_by_the_idea_alone(names, most, tmp_path):
     assert 0 < sum(line[:1] in ("<", ">") for line in diff.splitlines()) <= most
 
 
-@pytest.mark.parametrize("name", ABOVE)
+@pytest.mark.parametrize("name", [*ABOVE, *same.BEFORE_RL])
 def test_what_a_lesson_leaves_out(name):
     """One class of machinery, nothing passed on unseen, no state on functions, no exit out of a library call."""
     tree = ast.parse((ROOT / "nano_rl" / f"{name}.py").read_text())
@@ -95,35 +94,37 @@ def test_same_copies_what_stands_below_the_banner(tmp_path):
     for name in ABOVE:
         shutil.copy(ROOT / "nano_rl" / f"{name}.py", tmp_path)
     (tmp_path / "other.py").write_text("print()\n")
+    sft = tmp_path / "sft.py"
+    shutil.copy(ROOT / "nano_rl/sft.py", sft)
     rloo = tmp_path / "rloo.py"
     whole = rloo.read_text()
     rloo.write_text(whole.replace("return texts", "return").replace("class InputError", "class Other"))
-    assert same.copy(tmp_path) == ["rloo.py"] and rloo.read_text() == whole
+    lesson = sft.read_text()
+    sft.write_text(lesson.replace("def interrupt", "def other").replace("is not empty: choose", "is full: choose"))
+    assert same.copy(tmp_path) == ["rloo.py", "sft.py"] and (rloo.read_text(), sft.read_text()) == (whole, lesson)
     assert same.copy(tmp_path) == [] and (tmp_path / "other.py").read_text() == "print()\n"
 
 
-def parts(file: Path) -> dict[str, str]:
-    """The source of every function, of every shared flag, and of the imports."""
-    source = file.read_text()
-    tree = ast.parse(source)
-    named = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    found = {node.name: ast.get_source_segment(source, node) for node in named}
-    found["imports"] = source.split('"""', 2)[2].split("@dataclass")[0]
-    found["program"] = source.split("__main__")[1]
-    flags = source.split("class Args:")[1].split("\n\n")[0].split("    # Algorithm")[0].splitlines()[1:]
-    return found | {"flag " + line.split(":")[0].strip(): line for line in flags}
+@pytest.mark.parametrize("name", same.BEFORE_RL)
+def test_what_the_files_before_rl_share(name):
+    """Letter for letter where they have a function, a class, a flag or the program in common with the ladder."""
+    ours, first = [(ROOT / "nano_rl" / f"{stem}.py").read_text() for stem in (name, "reinforce")]
+    shared = same.definitions(ours).keys() & same.definitions(first).keys() - same.OWN
+    assert shared >= {"InputError", "load", "has_bfloat16", "micro_batches", "as_messages", "show", "Run", "program"}
+    assert {key for key in shared if same.definitions(ours)[key] != same.definitions(first)[key]} == set()
+    flags = [{line.split(":")[0]: line for line in same.definitions(s)["Args"].splitlines()} for s in (ours, first)]
+    told_apart = {"    model", "    batch_size", "    num_steps", "    learning_rate", "    seed", "    eval_every"}
+    assert {key for key in flags[0].keys() & flags[1].keys() if flags[0][key] != flags[1][key]} <= told_apart
 
 
-def test_what_the_other_files_share():
-    """They are of an older shape than the ladder, and the same to the letter where both have the same name."""
-    first, ours = [parts(ROOT / "nano_rl" / name) for name in ("sft.py", "reward_model.py")]
-    shared = (first.keys() & ours.keys()) - DIFFERENT - {"imports", "evaluate", "program"}  # they import what they use
-    assert {name for name in shared if first[name] != ours[name]} == set()
-    assert {"load", "one_line", "save"} <= shared
+def test_what_the_two_files_before_rl_share():
+    texts = [same.definitions((ROOT / "nano_rl" / f"{name}.py").read_text()) for name in same.BEFORE_RL]
+    names = texts[0].keys() & texts[1].keys() - same.OWN - {"make_batch", "build_row"}
+    assert "load_rows" in names and {name for name in names if texts[0][name] != texts[1][name]} == set()
 
 
-@pytest.mark.parametrize("name, most", [("compare", 330), ("gsm8k", 150)])
-def test_the_tools_budgets(name, most):
+@pytest.mark.parametrize("name, most", [("compare", 330), ("gsm8k", 150), ("sft", 440), ("reward_model", 560)])
+def test_the_budgets_of_the_others(name, most):
     assert (ROOT / "nano_rl" / f"{name}.py").read_text().count("\n") <= most
 
 

@@ -23,7 +23,7 @@ COMMANDS = list(dict.fromkeys((name, " ".join(shlex.split(flags, comments=True))
 
 SCRIPTS = sorted(set(re.findall(r"(tests\.experiments\.\w+)([^`#\n)]*)", README.replace("\\\n", " "))))
 
-SMALL = dict(num_steps=1, batch_size=8, rows_per_step=2, max_new_tokens=4, eval_every=0, num_samples=1)
+SMALL = dict(num_steps=1, batch_size=8, max_new_tokens=4, eval_every=0, num_samples=1)
 FILES = {
     "prompts.jsonl": [{"prompt": f"write about {i}"} for i in range(8)],
     "answers.jsonl": [{"prompt": f"write about {i}", "completion": "the sea sings"} for i in range(8)],

@@ -18,7 +18,7 @@ import nano_rl.reward_model as rm
 from nano_rl import reinforce, remax
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(rows_per_step=4, num_steps=3, learning_rate=1e-3, max_length=60)
+TINY = dict(batch_size=4, num_steps=3, learning_rate=1e-3, max_length=60)
 PAIRS = [  # the chosen one sings
     {"prompt": f"write about the {word}", "chosen": f"the {other} sings", "rejected": f"the {other} falls on stone"}
     for word in WORDS
@@ -39,6 +39,12 @@ def run(model: str, folder: Path, rows: list[dict] = PAIRS, **args) -> Path:
     flag = "labels" if "label" in rows[0] else "pairs"
     file = write(folder.with_name(folder.name + ".jsonl"), rows)
     return rm.train(rm.Args(model=model, output_dir=str(folder), **{flag: file}, **(TINY | args)))
+
+
+def build(row: dict, tokenizer=None, **args) -> dict:
+    tokenizer = tokenizer or make_tokenizer()
+    tokenizer.model_max_length = 64
+    return rm.build_row(make_policy(llama_config(27)), tokenizer, rm.Args(**args), row)
 
 
 def read(run: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -176,15 +182,6 @@ def test_what_is_told_right():
     assert rm.compute_correct(torch.tensor([[[0.0, 2.0, 1.0]]] * 2), torch.tensor([1, 2])).tolist() == [1, 0]
 
 
-def test_the_standard_error_counts_prompts_not_rows():
-    values = [1.0, 0.0, 1.0, 1.0, 0.0]
-    residuals = [value - 0.6 for value in values]
-    alone = rm.standard_error(residuals, list("abcde"), 5)
-    assert alone == pytest.approx(torch.tensor(values).std().item() / math.sqrt(5))
-    twice = rm.standard_error(residuals * 2, list("abcde") * 2, 10)
-    assert twice == pytest.approx(alone), "a row that stands there twice is no second observation"
-
-
 # ---- The text that is scored ----------------------------------------------------------------------------------------
 
 CONVERSATION = [{"role": "user", "content": "write about the sea"}, {"role": "assistant", "content": "the sea sings"}]
@@ -212,7 +209,7 @@ def test_trls_formats_are_one_text(row, chat):
     )
     if not chat:
         texts = "write about the sea the sea sings", "write about the sea the sun falls"
-    example = rm.build_pair(row, tokenizer)
+    example = build(row, tokenizer)
     assert example["ids"] == [tokenizer(text)["input_ids"] for text in texts]
     assert example["completions"] == ["the sea sings", "the sun falls"]
     assert rm.as_messages(example["prompt"], "user") == CONVERSATION[:1]
@@ -263,7 +260,10 @@ def spy_on_training(monkeypatch) -> list[list[int]]:
 
     def spy(model, batch):
         if torch.is_grad_enabled():
-            seen.extend(ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"]))
+            width = batch["mask"].shape[1]
+            for row in zip(batch["input_ids"], batch["attention_mask"].bool()):
+                texts = [ids[mask].tolist() for ids, mask in zip(*[part.tensor_split([-width]) for part in row])]
+                seen.extend(filter(None, texts))
         return compute_logits(model, batch)
 
     monkeypatch.setattr(rm, "compute_logits", spy)
@@ -332,9 +332,12 @@ def test_a_score_does_not_depend_on_padding(config, tmp_path, monkeypatch):
             rights = [width - n - len(text) + right for n, text in zip(lefts, texts)]
             ids = [[pad] * n + text + [pad] * m for n, text, m in zip(lefts, texts, rights)]
             mask = [[0] * n + [1] * len(text) + [0] * m for n, text, m in zip(lefts, texts, rights)]
-            batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+            mask = torch.tensor(mask)
+            batch = {"input_ids": torch.tensor(ids), "attention_mask": mask, "mask": mask}  # no first text
+            twice = {name: torch.cat([tensor] * 2, dim=1) for name, tensor in batch.items()} | {"mask": mask}
             with torch.no_grad():
-                scores.append(rm.compute_logits(model, batch))
+                scores.append(rm.compute_logits(model, batch).squeeze(1))
+                scores += rm.compute_logits(model, twice).unbind(dim=1)
         with torch.no_grad():
             scores.append(torch.cat([model(torch.tensor([text])).logits for text in texts]))
     for other in scores:
@@ -363,46 +366,50 @@ def test_a_pad_token_that_ends_no_text_stays(plain):
         assert tokenizer.pad_token_id == before
 
 
-def test_a_batch_holds_no_more_tokens_than_it_may():
-    """Padding included, unless one row alone is longer; a row's texts stay together."""
-    examples = [{"ids": [[7] * n, [8] * (n // 2 + 1)]} for n in (3, 9, 1, 30, 4, 9, 2)]
+def test_a_rows_texts_stay_together():
+    """Beside each other, in parts that hold no more tokens than they may, unless one row alone is longer."""
+    rows = [{"ids": [[7] * n, [8] * (n // 2 + 1)], "target": n} for n in (3, 9, 1, 30, 4, 9, 2)]
     seen = []
-    for rows, batch in rm.text_batches(make_tokenizer(), examples, max_tokens=40):
-        assert batch["input_ids"].numel() <= 40 or len(rows) == 1
-        texts = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
-        assert texts == [text for row in rows for text in examples[row]["ids"]]
-        seen.append(rows)
-    assert sorted(sum(seen, [])) == list(range(7)) and len(seen) < 7
+    for part in rm.micro_batches(rm.make_batch(rows, torch.device("cpu")), max_tokens=100):
+        assert part["input_ids"].numel() <= 100 or len(part["target"]) == 1
+        for ids, mask, target in zip(part["input_ids"], part["attention_mask"].bool(), part["target"].tolist()):
+            assert ids[mask].tolist() == [7] * target + [8] * (target // 2 + 1)
+            assert ids[-part["mask"].shape[1] :][0] == 8, "the second text begins where the mask does"
+            seen.append(target)
+    assert sorted(seen) == [1, 2, 3, 4, 9, 9, 30]
 
 
-def test_long_texts_lose_their_beginning(model, tmp_path, monkeypatch):
+def test_long_texts_lose_their_beginning(model, tmp_path, monkeypatch, capsys):
     """The end is where a score is read."""
     seen = spy_on_training(monkeypatch)
     long = {"prompt": "write about " + "the sea " * 20, "chosen": "the sun sings", "rejected": "falls"}
-    folder = run(model, tmp_path / "run", [long, *PAIRS], num_steps=11, max_length=12)
-    ids = rm.encode(make_tokenizer(), rm.conversation(long["prompt"], long["chosen"]))
+    run(model, tmp_path / "run", [long, *PAIRS], num_steps=11, max_length=12)
+    ids = rm.encode(
+        make_tokenizer(), rm.as_messages(long["prompt"], "user") + rm.as_messages(long["chosen"], "assistant")
+    )
     assert ids[-12:] in seen and max(map(len, seen)) == 12
-    assert read(folder)[0]["cut_texts"] == 2
-    assert json.loads((folder / "config.json").read_text())["max_length"] == 12
-    folder = run(model, tmp_path / "short", num_steps=1, max_length=1000)
-    assert json.loads((folder / "config.json").read_text())["max_length"] == 64, "the model's context"
+    assert "37 rows to train on, 2 texts cut; 4 held out" in capsys.readouterr().out
+    longer = build(long | {"prompt": "the " * 90}, max_length=1000)
+    assert [len(text) for text in longer["ids"]] == [62, 62], "the model's context, as --reward-model reads it"
 
 
 # ---- Held-out rows --------------------------------------------------------------------------------------------------
 
 
-def test_no_prompt_is_on_both_sides():
-    groups = [f"{i // 3}" for i in range(60)] + ["0"] * 3
-    examples = [{"group": group, "row": row} for row, group in enumerate(groups)]
-    train, held_out = rm.hold_out(examples, "file")
-    assert [e["row"] for e in held_out] == list(range(54, 60)), "the last prompts, a tenth of the rows"
-    assert sorted(e["row"] for e in train + held_out) == list(range(63))
-    many = [{"group": str(i)} for i in range(9000)]
-    assert len(rm.hold_out(many, "file")[1]) == 512
-    assert [len(part) for part in rm.hold_out(many[:3], "file")] == [1, 2]
+def test_no_prompt_is_on_both_sides(tmp_path):
+    def load(*prompts: str) -> tuple[list[str], list[str]]:
+        path = write(tmp_path / "rows.jsonl", [{"group": prompt} for prompt in prompts])
+        parts = rm.load_rows(path, "", "", lambda row: row | {"text": row["group"]})
+        return [[row["text"] for row in part] for part in parts]
+
+    train, held_out = load(*[f"{i // 3}" for i in range(90)], "0", "29")
+    assert held_out == [f"{i // 3}" for i in range(81, 90)] + ["29"], "all rows of the last tenth of the prompts"
+    assert len(train) == 82 and not set(train) & set(held_out)
+    assert len(load(*map(str, range(9000)))[1]) == 512
+    assert [len(part) for part in load("0", "1", "2")] == [1, 2]
 
 
-def test_held_out_metrics(model, tmp_path, monkeypatch):
+def test_held_out_metrics(model, tmp_path, monkeypatch, capsys):
     """Against the definitions, from the scores of --reward-model; a tie of lengths is half right."""
     monkeypatch.setattr(rm, "has_bfloat16", lambda device: False)
     held_out = [
@@ -411,8 +418,8 @@ def test_held_out_metrics(model, tmp_path, monkeypatch):
         {"prompt": "the sun", "chosen": "old", "rejected": "river walks"},
     ]
     folder = run(model, tmp_path / "run", head="probabilistic", eval_pairs=write(tmp_path / "held.jsonl", held_out))
-    first, last = read(folder)[0], read(folder)[-1]
-    assert first["train_rows"] == len(PAIRS) and first["held_out_rows"] == 3
+    last = read(folder)[-1]
+    assert f"{len(PAIRS)} rows to train on, 0 texts cut; 3 held out" in capsys.readouterr().out
     chosen, _ = scored_by_reinforce(folder, monkeypatch, *zip(*[(row["prompt"], row["chosen"]) for row in held_out]))
     rejected, _ = scored_by_reinforce(
         folder, monkeypatch, *zip(*[(row["prompt"], row["rejected"]) for row in held_out])
@@ -432,7 +439,7 @@ def test_held_out_labels(model, tmp_path):
     folder = run(model, tmp_path / "run", LABELS, eval_labels=write(tmp_path / "held.jsonl", held_out))
     metrics = read(folder)[-1]
     assert metrics["eval/majority_accuracy"] == pytest.approx(2 / 3)
-    assert "eval/longer_accuracy" not in metrics and metrics["eval/score_deviation"] is None
+    assert not {"eval/longer_accuracy", "eval/score_deviation"} & metrics.keys()
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
@@ -451,7 +458,7 @@ def test_it_learns_labels(model, tmp_path, num_labels):
     rows = [row | {"label": row["label"] * (num_labels - 1)} for row in LABELS]
     if num_labels == 3:
         rows = [{"text": f"the {word} of", "label": 1} for word in WORDS] + rows
-    folder = run(model, tmp_path / "run", rows, num_steps=60, learning_rate=3e-3)
+    folder = run(model, tmp_path / "run", rows, num_steps=120, learning_rate=3e-3)
     assert read(folder)[-1]["eval/accuracy"] == 1
     assert weights(folder)["score.weight"].shape[0] == (1 if num_labels == 2 else 3)
 
@@ -459,19 +466,20 @@ def test_it_learns_labels(model, tmp_path, num_labels):
 @pytest.mark.parametrize("head, num_labels", [("scalar", 1), ("probabilistic", 4)])
 def test_a_run_writes_its_files(model, tmp_path, head, num_labels, capsys):
     folder = run(model, tmp_path / "run", head=head, num_scores=4, eval_every=2)
-    files = ["completions.jsonl", "config.json", "metrics.jsonl", "reward_model"]
+    files = ["checkpoint.pt", "completions.jsonl", "config.json", "metrics.jsonl", "reward_model"]
     assert sorted(path.name for path in folder.iterdir()) == files
     metrics = read(folder)
     assert [row["step"] for row in metrics] == [0, 1, 2, 3]
     assert [row["step"] for row in metrics if "eval/accuracy" in row] == [0, 2, 3]
-    assert list(metrics[1]) == "step epoch loss accuracy grad_norm learning_rate num_tokens".split()
-    assert metrics[1]["epoch"] == pytest.approx(4 / metrics[0]["train_rows"])
-    assert len(read(folder, "completions.jsonl")) == 3 * 2 * min(8, metrics[0]["held_out_rows"])
+    assert list(metrics[1]) == "step epoch loss accuracy grad_norm".split()
+    assert metrics[1]["epoch"] == pytest.approx(4 / 36)
+    assert len(read(folder, "completions.jsonl")) == 3 * 2 * 4
     out = capsys.readouterr().out
+    assert "36 rows to train on, 0 texts cut; 4 held out" in out
     for step in range(4):
         assert f"step {step}/3  " in out
     assert max(len(line) for line in out.splitlines() if line.startswith("step ")) <= 80
-    assert "step 3/3  held out: loss " in out and "  longer_accuracy " in out
+    assert "\n  eval/loss " in out and "  eval/longer_accuracy " in out
     loaded = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model")
     assert loaded.config.num_labels == num_labels and loaded.dtype == torch.float32
     assert loaded.config.pad_token_id == AutoTokenizer.from_pretrained(folder / "reward_model").pad_token_id == 0
@@ -480,8 +488,8 @@ def test_a_run_writes_its_files(model, tmp_path, head, num_labels, capsys):
 
 
 def test_one_pass_by_default(model, tmp_path):
-    metrics = read(run(model, tmp_path / "run", num_steps=0, rows_per_step=10))
-    assert metrics[0]["train_rows"] == 36 and metrics[-1]["step"] == 4
+    metrics = read(run(model, tmp_path / "run", num_steps=0, batch_size=10))
+    assert metrics[-1]["step"] == 4
     seen = json.loads((tmp_path / "run" / "config.json").read_text())
     assert seen["num_steps"] == 4
 
@@ -490,7 +498,7 @@ def test_each_pass_sees_every_row_once(model, tmp_path, monkeypatch):
     seen = spy_on_training(monkeypatch)
     run(model, tmp_path / "run", num_steps=18)  # 2 passes over 36 rows
     tokenizer = make_tokenizer()
-    ids = [ids for row in PAIRS[:36] for ids in rm.build_pair(row, tokenizer)["ids"]]
+    ids = [ids for row in PAIRS[:36] for ids in build(row, tokenizer)["ids"]]
     assert sorted(seen[:72]) == sorted(seen[72:144]) == sorted(ids) and seen[:72] != seen[72:144]
     run(model, tmp_path / "other", num_steps=9, seed=1)
     assert sorted(seen[144:]) == sorted(ids) and seen[144:] not in (seen[:72], seen[72:144]), "another seed's order"
@@ -555,16 +563,16 @@ KILLER = """
 import os, signal
 import reward_model
 
-report_step = reward_model.report_step
+log = reward_model.Run.log
 
-def report_and_die(run, args, bar, metrics, samples):
-    report_step(run, args, bar, metrics, samples)
-    if metrics["step"] == 5:
-        with open(run / "metrics.jsonl", "a") as file:
+def log_and_die(run, step, *rest):
+    log(run, step, *rest)
+    if step == 5:
+        with open(run.folder / "metrics.jsonl", "a") as file:
             file.write('{"step": 6, "los')  # killed in the middle of a line
         os.kill(os.getpid(), signal.SIGKILL)
 
-reward_model.report_step = report_and_die
+reward_model.Run.log = log_and_die
 reward_model.train(reward_model.tyro.cli(reward_model.Args))
 """
 
@@ -573,7 +581,7 @@ def test_a_copied_file_killed_and_resumed_ends_in_the_same_bits(model, tmp_path)
     """Alone in an empty folder, without this project on the path."""
     shutil.copy(ROOT / "nano_rl" / "reward_model.py", tmp_path)
     (tmp_path / "killer.py").write_text(KILLER)
-    args = TINY | {"num_steps": 6, "save_every": 2, "eval_every": 3}
+    args = TINY | {"num_steps": 6, "save_minutes": 0, "eval_every": 3}
     straight = run(model, tmp_path / "straight", **args)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
@@ -587,7 +595,6 @@ def test_a_copied_file_killed_and_resumed_ends_in_the_same_bits(model, tmp_path)
     assert not (tmp_path / "run" / "reward_model").exists()
     resumed = python("reward_model.py", resume="run")
     assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stderr == "", "a log file holds no progress bars and no warnings"
     assert read(tmp_path / "run") == read(straight)
     assert read(tmp_path / "run", "completions.jsonl") == read(straight, "completions.jsonl")
     assert same(weights(tmp_path / "run"), weights(straight))
@@ -596,32 +603,24 @@ def test_a_copied_file_killed_and_resumed_ends_in_the_same_bits(model, tmp_path)
 def test_more_steps(model, tmp_path):
     """Four steps, resumed for two more, are the six of a run that was asked for six."""
     straight = run(model, tmp_path / "straight", num_steps=6)
-    folder = run(model, tmp_path / "run", num_steps=4, save_every=2)
+    folder = run(model, tmp_path / "run", num_steps=4)
     rm.train(rm.Args(resume=str(folder), num_steps=6))
     assert same(weights(folder), weights(straight))
 
 
-def test_resume_of_a_finished_run(model, tmp_path):
-    folder = run(model, tmp_path / "run", save_every=1)
-    with pytest.raises(SystemExit) as error:
-        rm.train(rm.Args(resume=str(folder)))
-    assert "has done 3 steps: give a larger --num-steps" in error.value.code
-
-
 def test_ctrl_c_ends_the_run_after_its_step(model, tmp_path, monkeypatch):
-    """It needs no --save-every, and the run goes on to the weights of one without a stop."""
+    """And the run goes on to the weights of one without a stop."""
     straight = run(model, tmp_path / "straight", num_steps=4)
-    report_step = rm.report_step
+    log = rm.Run.log
 
-    def press(*arguments):
-        report_step(*arguments)
-        rm.INTERRUPTS += [signal.SIGINT] * (arguments[3]["step"] == 2)
+    def press(run, step, *rest):
+        log(run, step, *rest)
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(rm, "INTERRUPTS", [])
-    monkeypatch.setattr(rm, "report_step", press)
-    with pytest.raises(SystemExit, match="stopped after step 2: go on with --resume"):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="step 2: go on with --resume"):
+        patch.setattr(rm.Run, "log", press)
         run(model, tmp_path / "run", num_steps=4)
-    rm.INTERRUPTS.clear()
     rm.train(rm.Args(resume=str(tmp_path / "run")))
     assert same(weights(tmp_path / "run"), weights(straight))
 
@@ -630,12 +629,10 @@ def test_ctrl_c_ends_the_run_after_its_step(model, tmp_path, monkeypatch):
 
 
 def refused(**args) -> str:
-    """The one line that the user reads."""
-    with pytest.raises(SystemExit) as error:
+    """The message that the user reads."""
+    with pytest.raises(rm.InputError) as error:
         rm.train(rm.Args(**(TINY | args)))
-    message = error.value.code
-    assert isinstance(message, str) and "\n" not in message
-    return message
+    return str(error.value)
 
 
 GOOD = '{"prompt": "the sea", "chosen": "sings", "rejected": "falls"}'
@@ -667,12 +664,13 @@ def test_bad_pairs_are_named_by_file_and_line(model, tmp_path, bad, what):
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join([*good[:2], bad, *good[2:]]) + "\n")
     message = refused(model=model, pairs=str(file), output_dir=str(tmp_path / "run"))
-    assert message.startswith(f'{file}, line 3: needs {{"chosen", "rejected": text or messages}}') and what in message
+    needs = '{"prompt", "chosen", "rejected": text or messages}'
+    assert message.startswith(f"cannot read {file}, line 3: needs {needs}") and what in message
     (tmp_path / "good.jsonl").write_text("\n".join(good))
     message = refused(
         model=model, pairs=str(tmp_path / "good.jsonl"), eval_pairs=str(file), output_dir=str(tmp_path / "run")
     )
-    assert message.startswith(f"{file}, line 3: ")
+    assert message.startswith(f"cannot read {file}, line 3: ")
     assert not (tmp_path / "run").exists()
 
 
@@ -691,12 +689,14 @@ def test_bad_labels_are_named_by_file_and_line(model, tmp_path, bad, what):
     file = tmp_path / "labels.jsonl"
     file.write_text(f'{{"text": "b", "label": 0}}\n{bad}\n')
     message = refused(model=model, labels=str(file))
-    assert message.startswith(f'{file}, line 2: needs {{"text": text, "label": 0, 1, ...}}') and what in message
+    needs = '{"text": text, "label": 0, 1, ...}'
+    assert message.startswith(f"cannot read {file}, line 2: needs {needs}") and what in message
 
 
 def test_too_few_rows(model, tmp_path):
-    assert "needs 2 different prompts or more" in refused(model=model, pairs=write(tmp_path / "1", PAIRS[:2]))
-    assert "needs 3 different prompts or more" in refused(model=model, pairs=write(tmp_path / "2", PAIRS[:4]))
+    for name, rows in (("1", PAIRS[:2]), ("2", PAIRS[:4])):
+        message = refused(model=model, pairs=write(tmp_path / name, rows))
+        assert message.startswith(f"{tmp_path / name}: needs 2 different prompts to hold out, and one more to train on")
     for label in 0, 1, 2:
         message = refused(model=model, labels=write(tmp_path / "3", [row | {"label": label} for row in LABELS]))
         assert message == f"{tmp_path / '3'}: needs 2 different labels or more"
@@ -705,15 +705,15 @@ def test_too_few_rows(model, tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
-        ({}, "give --pairs or --labels"),
-        ({"pairs": "a", "labels": "b"}, "give --pairs or --labels"),
-        ({"pairs": "a", "eval_labels": "b"}, "--eval-labels goes with --labels"),
-        ({"labels": "a", "eval_pairs": "b"}, "--head and --eval-pairs go with --pairs"),
-        ({"labels": "a", "head": "probabilistic"}, "--head and --eval-pairs go with --pairs"),
-        ({"pairs": "a", "num_scores": 1}, "--num-scores 1: must be at least 2"),
-        ({"pairs": "a", "rows_per_step": 0}, "--rows-per-step 0: must be above 0"),
+        ({}, "give --pairs, with --eval-pairs"),
+        ({"pairs": "a", "labels": "b"}, "give --pairs, with --eval-pairs"),
+        ({"pairs": "a", "eval_labels": "b"}, "give --pairs, with --eval-pairs"),
+        ({"labels": "a", "eval_pairs": "b"}, "give --pairs, with --eval-pairs"),
+        ({"labels": "a", "head": "probabilistic"}, "give --pairs, with --eval-pairs"),
+        ({"pairs": "a", "num_scores": 1}, "give --pairs, with --eval-pairs"),
+        ({"pairs": "a", "batch_size": 0}, "--batch-size 0: must be above 0"),
         ({"pairs": "a", "max_length": -1}, "--max-length -1: must be above 0"),
-        ({"pairs": "a", "center_coef": -1.0}, "--center-coef -1.0: must be at least 0"),
+        ({"pairs": "a", "center_coef": -1.0}, "--center-coef -1.0: must be above 0"),
         ({"pairs": "no/such/file"}, "cannot read no/such/file"),
         ({"pairs": "a", "model": "no-one/none"}, "cannot load no-one/none: check the name"),
     ],
@@ -725,29 +725,14 @@ def test_bad_arguments(model, args, message):
 def test_an_output_folder_that_holds_something(model, tmp_path):
     run(model, tmp_path / "run", num_steps=1)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    message = refused(model=model, pairs="a", output_dir=str(tmp_path / "run"))
+    message = refused(model=model, pairs=str(tmp_path / "run.jsonl"), output_dir=str(tmp_path / "run"))
     assert "is not empty: choose another" in message
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-
-
-def test_two_runs_that_start_at_once_in_one_folder(model, tmp_path, monkeypatch):
-    (hold_out, folder) = (rm.hold_out, tmp_path / "run")
-
-    def slower_than_the_other(*inputs):
-        folder.mkdir()
-        (folder / "config.json").write_text("the other's")
-        return hold_out(*inputs)
-
-    monkeypatch.setattr(rm, "hold_out", slower_than_the_other)
-    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
-    message = refused(model=model, pairs=pairs, output_dir=str(folder))
-    assert message.startswith(f"cannot start in {folder}: choose another --output-dir")
-    assert [path.read_text() for path in folder.iterdir()] == ["the other's"]
 
 
 def test_resume_of_another_files_run(model, tmp_path):
     args = dict(model=model, batch_size=4, num_steps=1, max_new_tokens=8, eval_every=0)
     folder = remax.train(remax.Args(output_dir=str(tmp_path / "rl"), **args))
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(rm.InputError) as error:
         rm.train(rm.Args(resume=str(folder)))
-    assert error.value.code.startswith(f"cannot resume {folder}: it takes a run of this file")
+    assert str(error.value).startswith(f"cannot resume {folder}: no run of this file")

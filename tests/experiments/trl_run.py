@@ -103,7 +103,7 @@ def main(args: Args) -> None:
         policy.set_attn_implementation("sdpa")
         metrics = {name: value.item() for name, value in metrics.items() if value is not None}
         rows = [(split, *row) for split, *columns in samples for row in zip(*columns)]
-        rows = [{"split": s, "prompt": e["prompt"], "completion": c, "reward": r.item()} for s, e, c, r in rows]
+        rows = [{"split": s, "prompt": e["prompt"], "completion": c, "reward": r} for s, e, c, r in rows]
         for name, lines in ("metrics.jsonl", [metrics]), ("completions.jsonl", rows):
             with open(args.output_dir / name, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step} | line, ensure_ascii=False) + "\n" for line in lines)
