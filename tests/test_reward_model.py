@@ -41,7 +41,7 @@ def run(model: str, folder: Path, rows: list[dict] = PAIRS, **args) -> Path:
     return rm.train(rm.Args(model=model, output_dir=str(folder), **{flag: file}, **(TINY | args)))
 
 
-def build(row: dict, tokenizer=None, **args) -> dict:
+def build_row(row: dict, tokenizer=None, **args) -> dict:
     tokenizer = tokenizer or make_tokenizer()
     tokenizer.model_max_length = 64
     return rm.build_row(make_policy(llama_config(27)), tokenizer, rm.Args(**args), row)
@@ -209,7 +209,7 @@ def test_trls_formats_are_one_text(row, chat):
     )
     if not chat:
         texts = "write about the sea the sea sings", "write about the sea the sun falls"
-    example = build(row, tokenizer)
+    example = build_row(row, tokenizer)
     assert example["ids"] == [tokenizer(text)["input_ids"] for text in texts]
     assert example["completions"] == ["the sea sings", "the sun falls"]
     assert rm.as_messages(example["prompt"], "user") == CONVERSATION[:1]
@@ -389,7 +389,7 @@ def test_long_texts_lose_their_beginning(model, tmp_path, monkeypatch, capsys):
     )
     assert ids[-12:] in seen and max(map(len, seen)) == 12
     assert "37 rows to train on, 2 texts cut; 4 held out" in capsys.readouterr().out
-    longer = build(long | {"prompt": "the " * 90}, max_length=1000)
+    longer = build_row(long | {"prompt": "the " * 90}, max_length=1000)
     assert [len(text) for text in longer["ids"]] == [62, 62], "the model's context, as --reward-model reads it"
 
 
@@ -407,6 +407,15 @@ def test_no_prompt_is_on_both_sides(tmp_path):
     assert len(train) == 82 and not set(train) & set(held_out)
     assert len(load(*map(str, range(9000)))[1]) == 512
     assert [len(part) for part in load("0", "1", "2")] == [1, 2]
+
+
+def test_a_text_of_two_labels_is_on_one_side(tmp_path):
+    """It is one prompt, as the rows of a pair are."""
+    rows = [{"text": f"the {word}", "label": label} for label in (0, 1) for word in WORDS]
+    path, build = write(tmp_path / "rows.jsonl", rows), lambda row: build_row(row, labels="a")
+    train, held_out = rm.load_rows(path, "", "", build)
+    assert len(train) + len(held_out) == 2 * len(WORDS) and len(held_out) == 4
+    assert not {row["completions"][0] for row in train} & {row["completions"][0] for row in held_out}
 
 
 def test_held_out_metrics(model, tmp_path, monkeypatch, capsys):
@@ -498,7 +507,7 @@ def test_each_pass_sees_every_row_once(model, tmp_path, monkeypatch):
     seen = spy_on_training(monkeypatch)
     run(model, tmp_path / "run", num_steps=18)  # 2 passes over 36 rows
     tokenizer = make_tokenizer()
-    ids = [ids for row in PAIRS[:36] for ids in build(row, tokenizer)["ids"]]
+    ids = [ids for row in PAIRS[:36] for ids in build_row(row, tokenizer)["ids"]]
     assert sorted(seen[:72]) == sorted(seen[72:144]) == sorted(ids) and seen[:72] != seen[72:144]
     run(model, tmp_path / "other", num_steps=9, seed=1)
     assert sorted(seen[144:]) == sorted(ids) and seen[144:] not in (seen[:72], seen[72:144]), "another seed's order"

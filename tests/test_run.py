@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from tiny import fork, gpt2_config, llama_config, main, make_tokenizer, save_policy, save_reward_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nano_rl import grpo, ppo, raft, reinforce, remax, rloo
+from nano_rl import grpo, ppo, raft, reinforce, remax, reward_model, rloo, sft
 
 LADDER = [reinforce, rloo, remax, raft, grpo, ppo]
 ROOT = Path(__file__).parent.parent
@@ -624,6 +624,36 @@ def test_two_processes_are_one_with_the_doubled_batch(model, tmp_path, capfd, fi
             assert a[key] == b[key] or a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), key
     for name in "completions.jsonl", "metrics.jsonl":
         assert len(read(two, name)) == len(read(one, name)), "no row is lost or written twice"
+
+
+def train_rows(rank: int, file, args: dict) -> None:
+    file.has_bfloat16 = lambda device: False  # its rounding depends on the batch
+    file.train(file.Args(**args))
+
+
+@pytest.mark.parametrize("file, flag", [(sft, "data"), (reward_model, "pairs"), (reward_model, "labels")])
+def test_two_processes_are_one_before_rl_too(model, tmp_path, file, flag):
+    """Three held-out rows, of which one process has more, and the loss is a mean over the tokens of both."""
+    words = "a the sea sun tree song stone river walks sings falls and".split()
+    rows = [{"prompt": f"write {word}", "completion": f"{word} sings " * (1 + i % 3)} for i, word in enumerate(words)]
+    if flag != "data":
+        rows = [row | {"chosen": row["completion"], "rejected": "the sea", "text": row["completion"]} for row in rows]
+    rows = [row | {"label": i % 2} for i, row in enumerate(rows)] if flag == "labels" else rows
+    rows = [{key: row[key] for key in ("text", "label")} for row in rows] if flag == "labels" else rows
+    for name, part in (("rows", rows[3:]), ("held_out", rows[:3])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    args = {"model": model, flag: str(tmp_path / "rows"), f"eval_{flag}": str(tmp_path / "held_out"), "num_steps": 3}
+    for processes in (1, 2):
+        own = {"output_dir": str(tmp_path / str(processes)), "batch_size": 4 // processes}
+        assert fork_group(processes, train_rows, file, args | own) == [0] * processes
+    one, two = [read(tmp_path / name) for name in "12"]
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == b[key] or a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+    one, two = [read(tmp_path / name, "completions.jsonl") for name in "12"]
+    assert [row["completion"] for row in one] == [row["completion"] for row in two]
 
 
 def train_and_stop(rank: int, number: int, args: dict) -> None:

@@ -258,6 +258,12 @@ def test_the_greedy_answer_is_the_policys_own(tmp_path):
     assert answers[1.0] == answers[5.0] != ""
 
 
+def test_a_prompt_near_the_end_of_the_context_has_an_answer(plain, tmp_path):
+    """GPT-2 has no position beyond its 64: the greedy answer ends there."""
+    rows = [*ROWS[:6], {"prompt": "sun " * 60, "completion": "sea"}, ROWS[7]]
+    assert read(run(plain, tmp_path / "run", rows, num_steps=1, max_length=64), "completions.jsonl")[0]["completion"]
+
+
 def test_it_learns_an_answer_and_when_to_stop(tmp_path):
     """Also where only the tokenizer knows the stop token."""
     model = save_policy(tmp_path / "model", llama_config(27, eos_token_id=None))
