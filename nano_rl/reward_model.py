@@ -16,10 +16,10 @@ win: equal texts cost log 2, as in (1). Chen et al. 2026 (2602.12660) learn such
 "9". With three labels or more the score is (3), too, the first label being worth 1.
 
 The text that is scored is the prompt, once, and the completion, in the tokenizer's chat template where it has one: the
-same tokens as when another file scores with --reward-model. A text with a label is no turn of a chat, so --labels saves
-the tokenizer without its template, and prompt and completion are read as one text. Long answers are often preferred for
-their length alone: accuracy stands beside that of "the longer is better". N rows a step over all processes, n in one
-process or micro-batch; L tokens of a text, d inputs of the head.
+same tokens, but of cut texts, as when another file scores with --reward-model. A text with a label is no turn of a
+chat, so --labels saves the tokenizer without its template: prompt and completion are then read one after the other.
+Long answers are often preferred for their length alone: accuracy stands beside that of "the longer is better".
+N rows a step over all processes, n of them in one process or micro-batch; T tokens of a text, d inputs of the head.
 
     for each step:
         1. draw    N rows: each comes once in every pass over the data
@@ -27,9 +27,9 @@ process or micro-batch; L tokens of a text, d inputs of the head.
 
 Differs from TRL's RewardTrainer:
     1. A text of more than --max-length tokens loses its beginning, as its end is where it is read; TRL drops the row.
-    2. Without a chat template no EOS is appended, as no other file here appends one to what it scores.
+    2. Texts are turns, as messages are: they are wrapped in the chat template. Without one no EOS is appended.
     3. The pad token is never the one that texts end in: a model skips the pads it meets at the end of its input.
-    4. The head starts at N(0, 1/(d+1)) (Huang et al. 2024, 2403.17031): from zeros, the layers below would learn later.
+    4. The head starts at N(0, 1/(d+1)) (Huang et al. 2024, 2403.17031), so that scores are about 1; TRL's, narrower.
 
 Run: uv run -m nano_rl.reward_model --pairs pairs.jsonl
 """
@@ -68,7 +68,7 @@ from torch import Tensor, nn
 class Args:  # a flag's comment is its --help
     # Task
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what becomes a reward model: a hub name or a folder
-    pairs: str = ""  # JSON lines {"prompt", "chosen", "rejected": text or messages}, "margin" if there is one
+    pairs: str = ""  # JSON lines {"prompt", "chosen", "rejected": text or messages}, maybe "margin" (scalar head)
     labels: str = ""  # instead of pairs: JSON lines {"text": text, "label": 0, 1, ...}
     eval_pairs: str = ""  # held-out pairs; if not given, those of the last prompts, a tenth (2 to 512)
     eval_labels: str = ""  # held-out labels; if not given, the last tenth (2 to 512), so shuffle the file
@@ -110,7 +110,7 @@ def scalar_loss(r_w: Tensor, r_l: Tensor, margins: Tensor, center_coef: float) -
 
 
 def probabilistic_loss(logits_w: Tensor, logits_l: Tensor) -> Tensor:
-    """(2) of each pair (n,), from its logits (n, K); in logarithms, which a certain and wrong model keeps finite."""
+    """(2) of each pair (n,), from its logits (n, K); in logarithms: finite even where a model is certain and wrong."""
     log_joint = logits_w.log_softmax(dim=1).unsqueeze(2) + logits_l.log_softmax(dim=1).unsqueeze(1)  # (n, K, K)
     wins = torch.ones_like(log_joint[0]).tril(diagonal=-1) + torch.eye(len(log_joint[0]), device=log_joint.device) / 2
     return -(log_joint + wins.log()).logsumexp(dim=(1, 2))  # (2)
@@ -142,12 +142,13 @@ def compute_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """What the head says of each text of a row (n, texts, K), read at the text's last token."""
     logits, num_tokens = [], batch["mask"].shape[1]  # of the last text
     for columns in (slice(None, -num_tokens), slice(-num_tokens, None)):
-        inputs = {name: batch[name][:, columns] for name in ("input_ids", "attention_mask")}  # (n, L)
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # (n, L)
+        inputs = {name: batch[name][:, columns] for name in ("input_ids", "attention_mask")}  # (n, T)
+        count = inputs["attention_mask"].cumsum(dim=1)  # (n, T), largest from the text's last token on
+        inputs["position_ids"] = (count - 1).clamp(min=0)
         if inputs["input_ids"].shape[1]:  # of labelled texts there is no first
             with torch.autocast(model.device.type, torch.bfloat16, enabled=has_bfloat16(model.device)):
-                hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (n, L, d)
-            hidden = hidden[torch.arange(len(hidden)), inputs["position_ids"].argmax(dim=1)]  # (n, d), of the last
+                hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (n, T, d)
+            hidden = hidden[torch.arange(len(hidden)), count.argmax(dim=1)]  # (n, d)
             logits.append(model.score(hidden.to(model.score.weight.dtype)))  # (n, K), in float32
     return torch.stack(logits, dim=1)
 
@@ -159,9 +160,9 @@ def train(args: Args) -> Path:
     args = run.args  # with --resume, those of that run
     mixed = args.eval_labels if args.pairs else args.eval_pairs or args.head != "scalar"
     if bool(args.pairs) == bool(args.labels) or mixed or args.num_scores < 2:
-        raise InputError("give --pairs, with --eval-pairs, --head, --num-scores above 1, or --labels, --eval-labels")
+        raise InputError("give --pairs (with it --eval-pairs, --head, --num-scores from 2) or --labels (--eval-labels)")
     policy, tokenizer = load(transformers.AutoModelForCausalLM, args.model, run.device)
-    tokenizer.chat_template = None if args.labels else tokenizer.chat_template  # in use, too
+    tokenizer.chat_template = None if args.labels else tokenizer.chat_template  # saved so
     choose_pad(tokenizer, len(policy.get_input_embeddings().weight))
     form = '{"text": text, "label": 0, 1, ...}' if args.labels else '{"prompt", "chosen", "rejected": text or messages}'
     files = (args.labels, args.eval_labels) if args.labels else (args.pairs, args.eval_pairs)
@@ -170,9 +171,9 @@ def train(args: Args) -> Path:
     num_rows = run.num_processes * args.batch_size  # N
     run.args = args = replace(args, num_steps=args.num_steps or math.ceil(len(rows) / num_rows))  # or one pass
     labels = {row["target"] for row in rows + held_out} if args.labels else {0, 1}
-    if len(labels) < 2:
-        raise InputError(f"{args.labels}: needs 2 different labels or more")
-    num_outputs = args.num_scores if args.head == "probabilistic" else 1 + max(labels) if max(labels) > 1 else 1  # K
+    if labels != {*range(max(2, len(labels)))}:
+        raise InputError(f"{args.labels}: needs labels 0 and 1, or 0, 1, 2 and so on without a gap")
+    num_outputs = args.num_scores if args.head == "probabilistic" else (len(labels) if len(labels) > 2 else 1)  # K
     model = make_reward_model(policy, num_outputs, tokenizer.pad_token_id, args.seed)
     parameters = list(model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
@@ -260,13 +261,13 @@ def make_reward_model(policy: nn.Module, num_outputs: int, pad_token_id: int, se
 
 
 def make_batch(rows: list[dict], device: torch.device) -> dict[str, Tensor]:
-    """The texts of each row side by side: the first padded on the left, the last, which "mask" is of, on the right."""
+    """A row's texts side by side: the first padded on the left, the last, whose the "mask" is, on the right."""
     ids = [[torch.tensor(row["ids"][i], dtype=torch.long) for row in rows] for i in (0, 1)]
-    firsts = nn.utils.rnn.pad_sequence(ids[0], batch_first=True, padding_value=-1, padding_side="left")  # (n, W)
-    lasts = nn.utils.rnn.pad_sequence(ids[1], batch_first=True, padding_value=-1)  # (n, L)
-    input_ids = torch.cat([firsts, lasts], dim=1).to(device)  # (n, W + L)
-    attention_mask = (input_ids >= 0).long()  # (n, W + L)
-    mask = attention_mask[:, firsts.shape[1] :]  # (n, L)
+    firsts = nn.utils.rnn.pad_sequence(ids[0], batch_first=True, padding_value=-1, padding_side="left")  # (n, T₁)
+    lasts = nn.utils.rnn.pad_sequence(ids[1], batch_first=True, padding_value=-1)  # (n, T₂)
+    input_ids = torch.cat([firsts, lasts], dim=1).to(device)  # (n, T₁ + T₂)
+    attention_mask = (input_ids >= 0).long()  # (n, T₁ + T₂)
+    mask = attention_mask[:, firsts.shape[1] :]  # (n, T₂)
     batch = {"input_ids": input_ids.clamp(min=0), "attention_mask": attention_mask, "mask": mask}
     return batch | {"target": torch.tensor([row["target"] for row in rows], device=device)}  # (n,)
 
@@ -297,8 +298,7 @@ def load_rows(path: str, eval_path: str, form: str, build: Callable[[dict], dict
                 row = build(json.loads(line))
                 parts[-1].append(row | {"group": groups.setdefault(row["group"], len(groups))})
         except Exception as error:  # a template that refuses a role may raise anything
-            where = f"cannot read {file}, line {len(parts[-1]) + 1}"
-            raise InputError(f"{where}: needs {form} ({type(error).__name__}: {error})") from error
+            raise InputError(f"cannot read {file}, line {len(parts[-1]) + 1}: needs {form} ({error!r})") from error
     if not eval_path:  # of the last prompts, a tenth, all rows are held out
         first = len(groups) - max(2, min(512, len(groups) // 10))
         parts = [[row for row in parts[0] if (row["group"] >= first) == held_out] for held_out in (False, True)]
@@ -308,30 +308,28 @@ def load_rows(path: str, eval_path: str, form: str, build: Callable[[dict], dict
 
 
 def build_row(policy: nn.Module, tokenizer, args: Args, row: dict) -> dict:
-    """Its "ids", of two texts or of none and a labelled one, some "cut", "target", "group", and what to report."""
+    """The "ids" of its texts, how many were "cut", its "target", what it is "group"ed by, and what is reported."""
     prompt, *answers = ("", row["text"]) if args.labels else split_prompt(row)
     target = row["label"] if args.labels else float(row.get("margin") or 0)
     if args.labels and (type(target) is not int or target < 0) or not math.isfinite(target):
         raise ValueError(f"{'label' if args.labels else 'margin'} {target!r}")
-    prompt_messages = as_messages(prompt, "user")
+    if tokenizer.chat_template and row.get("prompt") is None and isinstance(answers[0], str):
+        raise ValueError("in a chat template the prompt is a turn: give it, or messages")
+    first = as_messages(prompt, "user")
     answers = [as_messages(answer, "assistant") for answer in answers]
-    size = len(prompt_messages)  # some data sets repeat the prompt
-    answers = [answer[size:] if answer[:size] == prompt_messages else answer for answer in answers]
-    fields = [message[key] for message in sum(answers, prompt_messages) for key in ("role", "content")]
-    if not prompt_messages or not all(answers) or not all(isinstance(field, str) for field in fields):
-        raise TypeError("a prompt or an answer is a text, or messages with a role and a text as content")
-    texts = [encode(tokenizer, prompt_messages + answer) for answer in answers]
+    answers = [a[len(first) :] if a[: len(first)] == first else a for a in answers]  # some data sets repeat the prompt
+    fields = [message[key] for message in sum(answers, first) for key in ("role", "content")]
+    roles = [next((message["role"] for message in part), "") for part in (first[-1:], *answers)]
+    if roles[0] in ("", "assistant") or {*roles[1:]} != {"assistant"} or not all(isinstance(f, str) for f in fields):
+        raise TypeError("a prompt, and the assistant's answer to it, are texts, or messages with a role and a text")
+    texts = [encode(tokenizer, first + answer) for answer in answers]
     room, known = min(args.max_length, tokenizer.model_max_length - 2), len(policy.get_input_embeddings().weight)
-    if not all(texts) or max(map(max, texts)) >= known:
-        raise ValueError(f"a text without tokens, or a token beyond the {known} that the model has an embedding of")
-    ids, cut = [[], *[text[-room:] for text in texts]][-2:], sum(len(text) > room for text in texts)
-    example = {
-        "ids": ids,
-        "cut": cut,
-        "target": target,
-        "group": json.dumps(prompt_messages if prompt else row.get("text", row)),
-    }
-    return example | {"prompt": prompt, "completions": [answer[-1]["content"] for answer in answers]}
+    if not all(texts) or max(map(max, texts)) >= known or tokenizer.pad_token_id in [text[-1] for text in texts]:
+        raise ValueError(f"a text without tokens, with one of {known} or more, or with the pad token at its end")
+    ids = [text[-room:] for text in texts] if len(texts) == 2 else [[], texts[0][-room:]]
+    example = {"ids": ids, "cut": sum(len(text) > room for text in texts), "target": target, "prompt": prompt}
+    example["group"] = json.dumps(first if prompt else row.get("text", row))
+    return example | {"completions": [answer[-1]["content"] for answer in answers]}
 
 
 def split_prompt(row: dict) -> tuple:
@@ -358,9 +356,11 @@ def encode(tokenizer, messages: list[dict]) -> list[int]:
 def choose_pad(tokenizer, num_embeddings: int) -> None:
     """A pad token that no text ends in: a model reads its score at the last token that is not the pad token."""
     end = encode(tokenizer, as_messages("a", "user") + as_messages("a", "assistant"))[-1]
-    others = [tokenizer.unk_token_id, tokenizer.bos_token_id, *sorted(tokenizer.added_tokens_decoder), 0, 1]
-    pads = [t for t in [tokenizer.pad_token_id, *others] if t not in (None, end) and t < num_embeddings]
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pads[0])
+    pads = [tokenizer.pad_token_id, *sorted(tokenizer.added_tokens_decoder)]
+    pads = [t for t in pads if t not in (None, end) and t < num_embeddings]
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pads[0]) if pads else None
+    if max(tokenizer.get_vocab().values()) >= num_embeddings:
+        raise InputError(f"--model: its tokenizer has tokens beyond the {num_embeddings} that it has an embedding of")
 
 
 def as_messages(text_or_messages: str | list[dict], role: str) -> list[dict]:
@@ -382,7 +382,7 @@ def evaluate_scores(run, model: nn.Module, held_out: list[dict]) -> tuple[dict, 
     targets = torch.tensor([row["target"] for row in held_out])  # (n,)
     correct = compute_correct(logits, targets)  # (n,)
     prompts = torch.tensor([row["group"] for row in held_out]).unique(return_inverse=True)[1]  # (n,)
-    residuals = torch.zeros(1 + max(prompts)).index_add(0, prompts, correct - correct.mean())  # a prompt is one draw
+    residuals = torch.zeros(1 + prompts.max()).index_add(0, prompts, correct - correct.mean())  # a prompt is one draw
     scores, deviations = expected_score_and_deviation(logits)  # (n, texts)
     lengths = torch.tensor([[[len(text)] for text in row["completions"]] for row in held_out])  # (n, texts, 1)
     metrics = {

@@ -1,7 +1,7 @@
 """SFT: supervised fine-tuning, the imitation of given completions, and the warm start before reinforcement learning.
 
 The first stage of Ouyang et al. 2022 (arXiv 2203.02155): raise the likelihood of the completion y of a prompt x, token
-by token. It is RAFT on answers that others have written, but for M in (1).
+by token. It is RAFT on answers that others have written, at temperature 1, but for M in (1).
 
     L = -1/M Σ_i Σ_t log π_θ(y_i,t | x_i, y_i,<t),   M = Σ_i |y_i|                                             (1)
 
@@ -10,8 +10,8 @@ the whole batch, over all processes, so that each token weighs the same, and a l
 
 The prompt x is tokenised as the other files tokenise the one that they sample an answer to. The completion y is what
 the chat template adds once it is answered, up to the stop token, which trains like any other: a policy that is not
-taught to stop never does. Without a template it is the text and an EOS; of plain text ("text") all but the first token.
-n rows a step in each process, or in a micro-batch; P prompt tokens, T completion tokens, V words of vocabulary.
+taught to stop never does. Without a template it is the text and the EOS; plain text ("text") has a BOS, or its first
+token, for a prompt. n rows a step in each process, or in a micro-batch; P prompt tokens, T completion tokens, V words.
 
     for each step:
         1. draw    n rows: each comes once in every pass over the data
@@ -19,7 +19,7 @@ n rows a step in each process, or in a micro-batch; P prompt tokens, T completio
 
 Differs from TRL's SFTTrainer:
     1. Prompt and completion are tokenised apart, as in reinforcement learning; TRL tokenises them as one text.
-    2. After a template's stop token nothing is trained, such as the newline that SmolLM2's puts there.
+    2. A prompt that is text is wrapped in the chat template, too, and nothing after the template's stop is trained.
 
 Run: uv run -m nano_rl.sft --data completions.jsonl
 """
@@ -57,10 +57,10 @@ from torch import Tensor, nn
 class Args:  # a flag's comment is its --help
     # Task
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train: a hub name or a folder
-    data: str = ""  # JSON lines {"prompt", "completion": text or [message]}, or {"text": text}
-    eval_data: str = ""  # held-out rows; if not given, those of the last prompts, a tenth (2 to 512)
-    chat_template: bool = True  # wrap prompts in the tokenizer's chat template, where it has one
-    max_length: int = 1024  # longer rows lose the end of their completion, in tokens
+    data: str = ""  # JSON lines {"prompt": text or messages, "completion": text or [message]}, or {"text": text}
+    eval_data: str = ""  # held-out rows; if not given, all rows of the last tenth of the prompts (2 to 512)
+    chat_template: bool = True  # wrap prompts and completions in the tokenizer's chat template, where it has one
+    max_length: int = 1024  # most tokens of a prompt and its completion, which loses its end
     # Training
     batch_size: int = 16  # completions a step, in each process (n)
     num_steps: int = 0  # updates; 0: as many as one pass over the training rows takes
@@ -105,7 +105,7 @@ def train(args: Args) -> Path:
     policy, tokenizer = load(transformers.AutoModelForCausalLM, args.model, run.device)
     ids = policy.generation_config.eos_token_id  # chat models often have more than the tokenizer's one
     stop_ids = [i for i in [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])] if i is not None]
-    form = '{"prompt", "completion": text or [message]} or {"text": text}'
+    form = '{"prompt": text or messages, "completion": text or [message]} or {"text": text}'
     rows, held_out = load_rows(args.data, args.eval_data, form, partial(build_row, policy, tokenizer, stop_ids, args))
     show(f"{len(rows)} rows to train on, {sum(row['cut'] for row in rows)} of them cut; {len(held_out)} held out")
     num_steps = math.ceil(len(rows) / (run.num_processes * args.batch_size))  # one pass
@@ -216,8 +216,7 @@ def load_rows(path: str, eval_path: str, form: str, build: Callable[[dict], dict
                 row = build(json.loads(line))
                 parts[-1].append(row | {"group": groups.setdefault(row["group"], len(groups))})
         except Exception as error:  # a template that refuses a role may raise anything
-            where = f"cannot read {file}, line {len(parts[-1]) + 1}"
-            raise InputError(f"{where}: needs {form} ({type(error).__name__}: {error})") from error
+            raise InputError(f"cannot read {file}, line {len(parts[-1]) + 1}: needs {form} ({error!r})") from error
     if not eval_path:  # of the last prompts, a tenth, all rows are held out
         first = len(groups) - max(2, min(512, len(groups) // 10))
         parts = [[row for row in parts[0] if (row["group"] >= first) == held_out] for held_out in (False, True)]
@@ -227,32 +226,34 @@ def load_rows(path: str, eval_path: str, form: str, build: Callable[[dict], dict
 
 
 def build_row(policy: nn.Module, tokenizer, stop_ids: list[int], args: Args, row: dict) -> dict:
-    """Its "ids", of prompt and completion, of which the end may be "cut", its "prompt", and what it is "group"ed by."""
-    chat = args.chat_template and tokenizer.chat_template and "text" not in row
-    prompt, completion = ("", row["text"]) if "text" in row else (row["prompt"], row["completion"])
+    """Its "ids", of prompt and completion, whether this was "cut", its "stop", its "prompt", and its "group"."""
+    plain = "text" in row and "completion" not in row
+    prompt, completion = ("", row["text"]) if plain else (row["prompt"], row["completion"])
     messages, (answer,) = as_messages(prompt, "user"), as_messages(completion, "assistant")
     text, rest = "\n".join(message["content"] for message in messages), answer["content"]
+    chat = args.chat_template and tokenizer.chat_template and not plain
     if chat:
-        begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""  # the completion goes on with it
-        how = {"add_generation_prompt": not begun, "continue_final_message": bool(begun)}
+        goes_on = messages[-1]["role"] == "assistant"  # the completion goes on with it
+        how = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
         text = tokenizer.apply_chat_template(messages, tokenize=False, **how)
-        messages = [*messages[: len(messages) - bool(begun)], answer | {"content": begun + rest}]
-        whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+        answer = answer | {"content": messages[-1]["content"] + rest if goes_on else rest}
+        whole = tokenizer.apply_chat_template([*messages[: len(messages) - goes_on], answer], tokenize=False).rstrip()
         if not whole.startswith(text):
             raise ValueError("the chat template changes the prompt once it is answered; try --no-chat-template")
-        rest = whole.removeprefix(text)
+        rest, ends = whole.removeprefix(text), not whole.endswith(rest.strip())  # whether the template ends a turn
     x = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # to which some tokenizers add an end
-    x = x[:-1] if not chat and x[-1:] in ([tokenizer.eos_token_id], [tokenizer.sep_token_id]) else x
-    y = tokenizer(rest, add_special_tokens=False)["input_ids"]
-    x, y = (x, y) if x else (y[:1], y[1:])  # plain text, where it brings no BOS
-    if chat and {*y[-1:]} & (tokenizer.added_tokens_decoder.keys() - {tokenizer.unk_token_id}):
+    x = x[:-1] if text and not chat and x[-1:] in ([tokenizer.eos_token_id], [tokenizer.sep_token_id]) else x
+    first = tokenizer.eos_token or "" if text else ""  # behind it no tokenizer adds a space
+    y = tokenizer(first + rest, add_special_tokens=False)["input_ids"][len(first) > 0 :]
+    x, y = (x, y) if x else (y[:1], y[1:])  # plain text, to which no BOS is added
+    if chat and ends and {*y[-1:]} & (tokenizer.added_tokens_decoder.keys() - {tokenizer.unk_token_id}):
         stop_ids = [*stop_ids, y[-1]]  # the template's own end of a turn
-    ends = [t for t, token in enumerate(y, start=1) if token in stop_ids]
-    y = y[: ends[0]] if ends else y + stop_ids[:1]
+    stops = [t for t, token in enumerate(y, start=1) if token in stop_ids and (t == len(y) or not plain)]
+    y = y[: stops[0]] if stops else y + stop_ids[:1]
     room, rows = min(args.max_length, tokenizer.model_max_length), len(policy.get_input_embeddings().weight)
     if not 0 < len(x) < room or not y or max(x + y) >= rows:
-        raise ValueError(f"{len(x)} + {len(y)} tokens, of {room} that fit; the model knows {rows} of them")
-    example = {"ids": [x, y[: room - len(x)]], "cut": len(x + y) > room}
+        raise ValueError(f"{len(x)} + {len(y)} tokens; --max-length or the context leaves {room}, ids end at {rows}")
+    example = {"ids": [x, y[: room - len(x)]], "cut": len(x + y) > room, "stop": y[-1]}
     return example | {"prompt": prompt or tokenizer.decode(x), "group": text or rest}
 
 
@@ -265,14 +266,13 @@ def as_messages(text_or_messages: str | list[dict], role: str) -> list[dict]:
 def evaluate_loss(run, policy: nn.Module, tokenizer, stop_ids: list[int], held_out: list[dict]) -> tuple[dict, list]:
     """Held-out loss, (1) over all rows as one batch, and the greedy answer to the first prompt."""
     size, rows, surprisals = run.args.batch_size, run.share(held_out), [torch.zeros(0)]
-    for batch in [make_batch(rows[i : i + size], run.device) for i in range(0, len(rows), size)]:
+    for batch in (make_batch(rows[i : i + size], run.device) for i in range(0, len(rows), size)):
         for part in micro_batches(batch, run.args.micro_batch_tokens):
             surprisals.append(-compute_logprobs(policy, part, temperature=1.0)[part["mask"].bool()].cpu())
     prompt_ids = torch.tensor([held_out[0]["ids"][0]], device=run.device)  # (1, P)
-    room = min(prompt_ids.shape[1] + 64, tokenizer.model_max_length)
-    options = {"max_length": room, "eos_token_id": [*stop_ids, held_out[0]["ids"][1][-1]], "pad_token_id": 0}
+    options = {"max_length": min(prompt_ids.shape[1] + 64, tokenizer.model_max_length), "pad_token_id": 0}
     sampler = copy.copy(policy)  # no repetition penalty of the policy's own bends its answer
-    sampler.generation_config = transformers.GenerationConfig(**options)
+    sampler.generation_config = transformers.GenerationConfig(eos_token_id=[*stop_ids, held_out[0]["stop"]], **options)
     ids = sampler.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids))  # (1, P + T)
     completion = tokenizer.decode(ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)
     return {"eval/loss": torch.cat(surprisals)}, [("held_out", held_out[:1], [completion], [None])] * run.is_main

@@ -33,8 +33,9 @@ def test_the_wheel_saves_to_the_bit(smollm2, tmp_path):
     assert text == tokenizer.apply_chat_template(messages, tokenize=False) and "<|im_start|>user\nHi<|im_end|>" in text
 
 
-def test_it_writes_english_and_the_sampler_is_close(monkeypatch):
+def test_it_writes_english_and_the_sampler_is_close(smollm2, monkeypatch):
     monkeypatch.setattr(reinforce, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(reinforce, "load", lambda *_: smollm2)  # to read it once takes 20 s
     args = reinforce.Args(max_new_tokens=24)
     policy, _, sampler, tokenizer = reinforce.load_policy(args, CPU)
     examples, held_out = reinforce.load_prompts(args, tokenizer, policy)

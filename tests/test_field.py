@@ -4,9 +4,7 @@ import asyncio
 import itertools
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from tiny import (
     save_policy,
     save_reward_model,
     score,
+    start,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BloomConfig, MptConfig, RobertaConfig
 
@@ -469,8 +468,11 @@ def test_what_trains_before_rl_checks_what_it_loads(model, tmp_path, monkeypatch
     broken.save_pretrained(tmp_path / "nan")
     assert "not finite: ['model.embed_tokens.weight'" in train_before_rl(file, tmp_path, model=str(tmp_path / "nan"))
     few = save_policy(tmp_path / "few", llama_config(8))  # "write" is 5, "the" 8
-    assert "line 1: needs" in (message := train_before_rl(file, tmp_path, model=few))
-    assert re.search("the model knows 8 of them|a token beyond the 8 that the model has", message)
+    message = train_before_rl(file, tmp_path, model=few)
+    if file is reward_model:
+        assert message == "--model: its tokenizer has tokens beyond the 8 that it has an embedding of"
+    else:
+        assert "line 1: needs" in message and "ids end at 8" in message
     asked, from_pretrained = [], AutoTokenizer.from_pretrained
 
     def note(*inputs, **options):
@@ -506,9 +508,9 @@ def test_11_what_is_shown_cannot_end_a_run(model, tmp_path, monkeypatch):
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<assistant>{%", "<assistant> → 🌊{%")
     model = save_policy(tmp_path / "model", tokenizer=tokenizer)
     for encoding in ("cp1252", "ascii"):
-        words = ["--model", model, "--output-dir", str(tmp_path / encoding), "--num-steps", "1", "--eval-every", "0"]
-        command = [sys.executable, "-m", "nano_rl.reinforce", *words, "--max-new-tokens", "2", "--batch-size", "4"]
-        done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}, text=True)
+        words = ["--model", model, "--output-dir", encoding, "--num-steps", "1", "--eval-every", "0"]
+        words += ["--max-new-tokens", "2", "--batch-size", "4"]
+        done = start(tmp_path, Path(reinforce.__file__), *words, encoding=encoding)
         assert done.returncode == 0, done.stderr
         assert "  > ? ?" in done.stdout and "trained policy" in done.stdout
     for stdout in (Broken(), None):
@@ -516,10 +518,9 @@ def test_11_what_is_shown_cannot_end_a_run(model, tmp_path, monkeypatch):
         run(model, tmp_path / f"run{stdout is None}", num_steps=1, eval_every=0)
 
 
-def test_11_help_is_printed_in_any_encoding():
-    command = [sys.executable, "-m", "nano_rl.reinforce", "--help"]
-    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"})
-    assert done.returncode == 0 and b"--kl-coef" in done.stdout, done.stderr.decode()
+def test_11_help_is_printed_in_any_encoding(tmp_path):
+    done = start(tmp_path, Path(reinforce.__file__), "--help", encoding="cp1252")
+    assert done.returncode == 0 and "--kl-coef" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", ["a:b", "a,b", "a b#c%d"])

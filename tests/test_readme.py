@@ -17,7 +17,7 @@ import nano_rl.reinforce as reinforce
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-TEXTS = (README + (ROOT / "tests/superseded.md").read_text()).replace("\\\n", " ")
+TEXTS = (README + (ROOT / "nano_rl/superseded.md").read_text()).replace("\\\n", " ")
 FOUND = re.findall(r"-m nano_rl\.(\w+)([^`\n]*)", TEXTS)
 COMMANDS = list(dict.fromkeys((name, " ".join(shlex.split(flags, comments=True))) for name, flags in FOUND))
 

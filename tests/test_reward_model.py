@@ -2,16 +2,13 @@
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import WORDS, gpt2_config, llama_config, make_policy, make_tokenizer, save_policy
+from tiny import WORDS, gpt2_config, llama_config, make_policy, make_tokenizer, save_policy, start
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import nano_rl.reward_model as rm
@@ -321,7 +318,7 @@ def test_use_is_training_with_labels(kind, tmp_path, monkeypatch, request):
 def test_a_score_does_not_depend_on_padding(config, tmp_path, monkeypatch):
     """Pitfall 40: not on its side, its width or the pad token; and the model's own forward reads the same token."""
     monkeypatch.setattr(rm, "has_bfloat16", lambda device: False)
-    texts = [[7, 8, 9, EOS], [10, 11, 12, 13, 14, EOS], [7, EOS]]
+    texts = [[7, 8, 9, EOS], [10, 11, 12, 13, 14, EOS], [7, EOS], [9]]
     scores = []
     for pad in (0, 2, 20):
         policy = make_policy(config(27))
@@ -357,6 +354,25 @@ def test_the_pad_token_is_not_the_end_of_a_text(pad, tmp_path, monkeypatch):
     score, without_eos = model(ids).logits, model(ids[:, :-1]).logits
     torch.testing.assert_close(score, model.score(model.model(ids).last_hidden_state[:, -1]))
     assert not torch.allclose(score, without_eos)
+
+
+def test_a_text_that_ends_in_the_pad_token_is_refused():
+    """The model would skip its last tokens where it is used."""
+    tokenizer = make_tokenizer(chat=False, pad=None)
+    rm.choose_pad(tokenizer, 27)
+    assert tokenizer.pad_token == "<eos>" or tokenizer.pad_token == "<unk>"
+    with pytest.raises(ValueError, match="with the pad token at its end"):
+        build_row({"prompt": "the", "chosen": f"sea {tokenizer.pad_token}", "rejected": "sun"}, tokenizer)
+
+
+def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused(tmp_path):
+    """At once: --reward-model would refuse what was trained."""
+    tokenizer = make_tokenizer()
+    name = save_policy(tmp_path / "model", llama_config(len(tokenizer)), tokenizer)
+    tokenizer.add_tokens(["[PAD]"])
+    tokenizer.save_pretrained(name)
+    message = refused(model=name, pairs=write(tmp_path / "pairs", PAIRS))
+    assert message == "--model: its tokenizer has tokens beyond the 27 that it has an embedding of"
 
 
 def test_a_pad_token_that_ends_no_text_stays(plain):
@@ -412,7 +428,10 @@ def test_no_prompt_is_on_both_sides(tmp_path):
 def test_a_text_of_two_labels_is_on_one_side(tmp_path):
     """It is one prompt, as the rows of a pair are."""
     rows = [{"text": f"the {word}", "label": label} for label in (0, 1) for word in WORDS]
-    path, build = write(tmp_path / "rows.jsonl", rows), lambda row: build_row(row, labels="a")
+    path, build = (
+        write(tmp_path / "rows.jsonl", rows),
+        lambda row: build_row(row, make_tokenizer(chat=False), labels="a"),
+    )
     train, held_out = rm.load_rows(path, "", "", build)
     assert len(train) + len(held_out) == 2 * len(WORDS) and len(held_out) == 4
     assert not {row["completions"][0] for row in train} & {row["completions"][0] for row in held_out}
@@ -588,21 +607,16 @@ reward_model.train(reward_model.tyro.cli(reward_model.Args))
 
 def test_a_copied_file_killed_and_resumed_ends_in_the_same_bits(model, tmp_path):
     """Alone in an empty folder, without this project on the path."""
-    shutil.copy(ROOT / "nano_rl" / "reward_model.py", tmp_path)
-    (tmp_path / "killer.py").write_text(KILLER)
+    file, killer = shutil.copy(ROOT / "nano_rl" / "reward_model.py", tmp_path), tmp_path / "killer.py"
+    killer.write_text(KILLER)
     args = TINY | {"num_steps": 6, "save_minutes": 0, "eval_every": 3}
     straight = run(model, tmp_path / "straight", **args)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-
-    def python(file: str, **args) -> subprocess.CompletedProcess:
-        words = [word for name, value in args.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        command = [sys.executable, file, *words]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-
-    killed = python("killer.py", model=model, pairs="straight.jsonl", output_dir="run", **args)
+    args |= {"model": model, "pairs": "straight.jsonl", "output_dir": "run"}
+    words = [word for flag, value in args.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
+    killed = start(tmp_path, killer, *words)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "run" / "reward_model").exists()
-    resumed = python("reward_model.py", resume="run")
+    resumed = start(tmp_path, Path(file), "--resume", "run")
     assert resumed.returncode == 0, resumed.stderr
     assert read(tmp_path / "run") == read(straight)
     assert read(tmp_path / "run", "completions.jsonl") == read(straight, "completions.jsonl")
@@ -653,19 +667,31 @@ GOOD = '{"prompt": "the sea", "chosen": "sings", "rejected": "falls"}'
         ('{"prompt": "a", "chosen": "b"', "JSONDecodeError"),
         ("", "JSONDecodeError"),
         ("[1]", "AttributeError"),
-        ('{"prompt": "a", "chosen": "b"}', "KeyError: 'rejected'"),
-        ('{"prompt": "a", "chosen": "b", "rejected": null}', "TypeError: a prompt or an answer is a text, or"),
-        ('{"prompt": 1, "chosen": "b", "rejected": "c"}', "TypeError: a prompt or an answer"),
-        ('{"prompt": [], "chosen": "b", "rejected": "c"}', "TypeError: a prompt or an answer"),
-        ('{"prompt": "a", "chosen": [], "rejected": "c"}', "TypeError: a prompt or an answer"),
+        ('{"prompt": "a", "chosen": "b"}', "KeyError('rejected')"),
+        ('{"prompt": "a", "chosen": "b", "rejected": null}', "a prompt, and the assistant's answer to it, are texts"),
+        ('{"prompt": 1, "chosen": "b", "rejected": "c"}', "a prompt, and the assistant's answer to it, are"),
+        ('{"prompt": [], "chosen": "b", "rejected": "c"}', "a prompt, and the assistant's answer to it, are"),
+        ('{"prompt": "a", "chosen": [], "rejected": "c"}', "a prompt, and the assistant's answer to it, are"),
         (
             '{"chosen": [{"role": "assistant", "content": "b"}], "rejected": [{"role": "assistant", "content": "c"}]}',
             "TypeError",
         ),
-        ('{"chosen": "b", "rejected": [{"role": "assistant", "content": "c"}]}', "TypeError: a prompt or an answer"),
-        ('{"prompt": "a", "chosen": [{"role": "assistant"}], "rejected": "c"}', "KeyError: 'content'"),
+        (
+            '{"chosen": "b", "rejected": [{"role": "assistant", "content": "c"}]}',
+            "in a chat template the prompt is a turn",
+        ),
+        ('{"prompt": "a", "chosen": [{"role": "assistant"}], "rejected": "c"}', "KeyError('content')"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "wide"}', "ValueError"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', "ValueError: margin nan"),
+        ('{"chosen": "a b", "rejected": "a c"}', "in a chat template the prompt is a turn: give it, or messages"),
+        (
+            '{"prompt": [{"role": "assistant", "content": "a"}], "chosen": "b", "rejected": "c"}',
+            "the assistant's answer",
+        ),
+        (
+            '{"prompt": "a", "rejected": "c", "chosen": [{"role": "user", "content": "b"}]}',
+            "the assistant's answer",
+        ),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', "margin nan"),
     ],
 )
 def test_bad_pairs_are_named_by_file_and_line(model, tmp_path, bad, what):
@@ -686,12 +712,12 @@ def test_bad_pairs_are_named_by_file_and_line(model, tmp_path, bad, what):
 @pytest.mark.parametrize(
     "bad, what",
     [
-        ('{"text": "a"}', "KeyError: 'label'"),
-        ('{"text": "a", "label": "1"}', "ValueError: label '1'"),
-        ('{"text": "a", "label": 0.5}', "ValueError: label 0.5"),
-        ('{"text": "a", "label": -1}', "ValueError: label -1"),
+        ('{"text": "a"}', "KeyError('label')"),
+        ('{"text": "a", "label": "1"}', "label '1'"),
+        ('{"text": "a", "label": 0.5}', "label 0.5"),
+        ('{"text": "a", "label": -1}', "label -1"),
         ('{"text": null, "label": 1}', "TypeError"),
-        ('{"text": "", "label": 1}', "ValueError: a text without tokens"),
+        ('{"text": "", "label": 1}', "a text without tokens"),
     ],
 )
 def test_bad_labels_are_named_by_file_and_line(model, tmp_path, bad, what):
@@ -708,18 +734,21 @@ def test_too_few_rows(model, tmp_path):
         assert message.startswith(f"{tmp_path / name}: needs 2 different prompts to hold out, and one more to train on")
     for label in 0, 1, 2:
         message = refused(model=model, labels=write(tmp_path / "3", [row | {"label": label} for row in LABELS]))
-        assert message == f"{tmp_path / '3'}: needs 2 different labels or more"
+        assert message == f"{tmp_path / '3'}: needs labels 0 and 1, or 0, 1, 2 and so on without a gap"
+    for labels in ((1, 2), (0, 2), (0, 1, 3)):
+        rows = [{"text": f"the {word}", "label": labels[i % len(labels)]} for i, word in enumerate(WORDS)]
+        assert "without a gap" in refused(model=model, labels=write(tmp_path / "4", rows))
 
 
 @pytest.mark.parametrize(
     "args, message",
     [
-        ({}, "give --pairs, with --eval-pairs"),
-        ({"pairs": "a", "labels": "b"}, "give --pairs, with --eval-pairs"),
-        ({"pairs": "a", "eval_labels": "b"}, "give --pairs, with --eval-pairs"),
-        ({"labels": "a", "eval_pairs": "b"}, "give --pairs, with --eval-pairs"),
-        ({"labels": "a", "head": "probabilistic"}, "give --pairs, with --eval-pairs"),
-        ({"pairs": "a", "num_scores": 1}, "give --pairs, with --eval-pairs"),
+        ({}, "give --pairs (with it --eval-pairs"),
+        ({"pairs": "a", "labels": "b"}, "give --pairs (with it --eval-pairs"),
+        ({"pairs": "a", "eval_labels": "b"}, "give --pairs (with it --eval-pairs"),
+        ({"labels": "a", "eval_pairs": "b"}, "give --pairs (with it --eval-pairs"),
+        ({"labels": "a", "head": "probabilistic"}, "give --pairs (with it --eval-pairs"),
+        ({"pairs": "a", "num_scores": 1}, "give --pairs (with it --eval-pairs"),
         ({"pairs": "a", "batch_size": 0}, "--batch-size 0: must be above 0"),
         ({"pairs": "a", "max_length": -1}, "--max-length -1: must be above 0"),
         ({"pairs": "a", "center_coef": -1.0}, "--center-coef -1.0: must be above 0"),

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny import fork, gpt2_config, llama_config, main, make_tokenizer, save_policy, save_reward_model
+from tiny import fork, gpt2_config, llama_config, main, make_tokenizer, save_policy, save_reward_model, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nano_rl import grpo, ppo, raft, reinforce, remax, reward_model, rloo, sft
@@ -696,7 +696,7 @@ except KeyboardInterrupt as error:
 """
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_torchrun_passes_a_signal_on_to_all_processes(model, tmp_path, number):
     (tmp_path / "stopped.py").write_text(STOPPED)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -710,10 +710,17 @@ def test_torchrun_passes_a_signal_on_to_all_processes(model, tmp_path, number):
     assert [row["step"] for row in read(tmp_path / "run")] == list(range(step + 1)) and step < 100
 
 
-@pytest.mark.parametrize("file", [reinforce, ppo], ids=lambda file: file.__name__[8:])
-def test_a_copied_file_trains_stops_at_ctrl_c_and_resumes(model, tmp_path, file):
+def start_anew(folder: Path, file: Path, *words: str) -> subprocess.CompletedProcess:
+    """A process of its own, which imports what the file says."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, file.name, *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("file, begin", [(reinforce, start_anew), (ppo, start)], ids=["reinforce", "ppo"])
+def test_a_copied_file_trains_stops_at_ctrl_c_and_resumes(model, tmp_path, file, begin):
     """Alone in an empty folder, without this project on the path; `.env` beside it is read."""
-    shutil.copy(file.__file__, tmp_path)
+    copied = Path(shutil.copy(file.__file__, tmp_path))
     (tmp_path / ".env").write_text("PROBE=0.5\n")
     (tmp_path / "probe.py").write_text(
         "import glob, os, signal\n\ndef reward(prompts, completions, **columns):\n"
@@ -722,17 +729,12 @@ def test_a_copied_file_trains_stops_at_ctrl_c_and_resumes(model, tmp_path, file)
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return [float(os.environ['PROBE']) * len(text) for text in completions]\n"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    options = dict(cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    name = Path(file.__file__).name
-    start = flags(model=model, reward_fn="probe:reward", **TINY)
-    command = [sys.executable, name]
-    stopped = subprocess.run([*command, *start], **options)
-    (folder,) = tmp_path.glob(f"runs/*-{name.removesuffix('.py')}")
+    stopped = begin(tmp_path, copied, *flags(model=model, reward_fn="probe:reward", **TINY))
+    (folder,) = tmp_path.glob(f"runs/*-{copied.stem}")
     advice = f"stopped after step 1: go on with --resume {folder.relative_to(tmp_path)}"
     assert stopped.returncode == 1 and stopped.stderr.splitlines()[-1] == advice
     assert "Traceback" not in stopped.stderr and not (folder / "policy").exists()
-    resumed = subprocess.run([*command, *advice.split()[-2:]], **options)
+    resumed = start(tmp_path, copied, *advice.split()[-2:])
     assert resumed.returncode == 0, resumed.stderr
     assert "step 2/3" not in resumed.stderr, "a log file holds no progress bar of ours"
     assert [row["step"] for row in read(folder)] == [0, 1, 2, 3]

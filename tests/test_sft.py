@@ -2,16 +2,15 @@
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import CHAT_TEMPLATE, WORDS, gpt2_config, llama_config, make_policy, make_tokenizer, save_policy
+from tiny import CHAT_TEMPLATE, WORDS, gpt2_config, llama_config, make_policy, make_tokenizer, save_policy, start
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -212,6 +211,46 @@ def test_an_answer_that_is_begun_goes_on():
     assert example["ids"] == [tokenizer(text)["input_ids"] for text in expected]
 
 
+def test_an_answer_that_ends_in_an_added_token_has_a_stop_of_its_own():
+    """Where the template writes no end of a turn, `</answer>` is none."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["</answer>"])
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<eos>", "")
+    policy = make_policy(llama_config(len(tokenizer)))
+    row = sft.build_row(policy, tokenizer, [EOS], sft.Args(), {"prompt": "the", "completion": "sea </answer>"})
+    assert row["ids"][1] == tokenizer("sea </answer> <eos>")["input_ids"]
+
+
+def test_an_empty_answer_that_is_begun_is_not_closed():
+    tokenizer = make_tokenizer()
+    begun = [{"role": "user", "content": "write"}, {"role": "assistant", "content": ""}]
+    ids = build({"prompt": begun, "completion": "sings"}, tokenizer)["ids"]
+    assert sum(ids, []) == tokenizer("<user> write <assistant> sings <eos>")["input_ids"]
+
+
+def test_no_space_is_put_before_the_completion():
+    """A SentencePiece tokenizer puts one before a text; the completion goes on with one."""
+    tokenizer = make_tokenizer(chat=False)
+    pieces = {piece: i for i, piece in enumerate(["<pad>", "<eos>", "<unk>", *"▁abc"])}
+    tokenizer.backend_tokenizer.model = BPE(pieces, [], unk_token="<unk>")
+    tokenizer.backend_tokenizer.pre_tokenizer = Metaspace(prepend_scheme="first")
+    assert tokenizer("a")["input_ids"] == [3, 4]
+    assert build({"prompt": "a", "completion": "b"}, tokenizer)["ids"] == [[3, 4], [5, EOS]]
+    assert build({"text": "ab"}, tokenizer)["ids"] == [[3], [4, 5, EOS]], "plain text begins with it"
+
+
+def test_plain_text_may_hold_stops_and_a_row_more_columns():
+    tokenizer = make_tokenizer()
+    ids = tokenizer("the sea <eos> the sun <eos>")["input_ids"]
+    assert sum(build({"text": "the sea <eos> the sun"}, tokenizer)["ids"], []) == ids
+    row = {"prompt": "the", "completion": "sea"}
+    assert build(row | {"text": "the sea"}, tokenizer)["ids"] == build(row, tokenizer)["ids"]
+
+
+def test_a_row_that_is_cut_still_knows_its_stop():
+    assert build({"prompt": "the sea", "completion": "sings " * 30}, room=12)["stop"] == EOS
+
+
 def test_an_end_that_the_tokenizer_adds_is_not_in_the_prompt():
     """It would stand between prompt and completion; reinforcement learning samples without it."""
     tokenizer = make_tokenizer(chat=False)
@@ -378,21 +417,16 @@ sft.train(sft.tyro.cli(sft.Args))
 
 def test_a_copied_file_killed_and_resumed_ends_in_the_same_bits(model, tmp_path):
     """Alone in an empty folder, without this project on the path."""
-    shutil.copy(ROOT / "nano_rl" / "sft.py", tmp_path)
-    (tmp_path / "killer.py").write_text(KILLER)
+    file, killer = shutil.copy(ROOT / "nano_rl" / "sft.py", tmp_path), tmp_path / "killer.py"
+    killer.write_text(KILLER)
     args = TINY | {"num_steps": 6, "save_minutes": 0, "eval_every": 3}
     straight = run(model, tmp_path / "straight", **args)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-
-    def python(file: str, **args) -> subprocess.CompletedProcess:
-        words = [word for name, value in args.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        command = [sys.executable, file, *words]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-
-    killed = python("killer.py", model=model, data="straight.jsonl", output_dir="run", **args)
+    args |= {"model": model, "data": "straight.jsonl", "output_dir": "run"}
+    words = [word for flag, value in args.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
+    killed = start(tmp_path, killer, *words)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "run" / "policy").exists()
-    resumed = python("sft.py", resume="run")
+    resumed = start(tmp_path, Path(file), "--resume", "run")
     assert resumed.returncode == 0, resumed.stderr
     assert read(tmp_path / "run") == read(straight)
     assert read(tmp_path / "run", "completions.jsonl") == read(straight, "completions.jsonl")
@@ -440,15 +474,15 @@ def refused(**args) -> str:
         ('{"prompt": "a", "completion": "b"', "JSONDecodeError"),
         ("", "JSONDecodeError"),
         ("[1]", "TypeError"),
-        ('{"prompt": "a"}', "KeyError: 'completion'"),
-        ('{"completion": "a"}', "KeyError: 'prompt'"),
-        ('{"prompt": "a", "completion": null}', "TypeError"),
+        ('{"prompt": "a"}', "KeyError('completion')"),
+        ('{"completion": "a"}', "KeyError('prompt')"),
+        ('{"prompt": "a", "completion": null}', "AttributeError"),
         ('{"prompt": null, "completion": "b"}', "TypeError"),
-        ('{"prompt": [{"role": "user"}], "completion": "b"}', "KeyError: 'content'"),
+        ('{"prompt": [{"role": "user"}], "completion": "b"}', "KeyError('content')"),
         ('{"prompt": "a", "completion": []}', "ValueError"),
-        ('{"text": null}', "ValueError"),
-        ('{"text": ""}', "ValueError: 0 + "),
-        ('{"prompt": "%s", "completion": "b"}' % ("sun " * 60), "ValueError: 62 + 2 tokens, of 60 that fit"),
+        ('{"text": null}', "TypeError"),
+        ('{"text": ""}', "0 + "),
+        ('{"prompt": "%s", "completion": "b"}' % ("sun " * 60), "62 + 2 tokens; --max-length or the context leaves 60"),
     ],
 )
 def test_bad_rows_are_named_by_file_and_line(model, tmp_path, bad, what):
@@ -456,7 +490,7 @@ def test_bad_rows_are_named_by_file_and_line(model, tmp_path, bad, what):
     file = tmp_path / "data.jsonl"
     file.write_text("\n".join([*good[:2], bad, *good[2:]]) + "\n")
     message = refused(model=model, data=str(file), output_dir=str(tmp_path / "run"))
-    needs = '{"prompt", "completion": text or [message]} or {"text": text}'
+    needs = '{"prompt": text or messages, "completion": text or [message]} or {"text": text}'
     assert message.startswith(f"cannot read {file}, line 3: needs {needs}") and what in message
     message = refused(model=model, data=write(tmp_path / "good", ROWS), eval_data=str(file))
     assert message.startswith(f"cannot read {file}, line 3: ")

@@ -3,13 +3,18 @@
 import asyncio
 import functools
 import itertools
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+OURS = [str(Path(__file__).parent.parent), str(Path(__file__).parent), "", "."]
 WORDS = "a the sea sun tree song stone river walks sings falls and of in on old new far red blue".split()
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% if m['role'] == 'assistant' %}<eos>{% endif %}"
@@ -144,6 +150,31 @@ def fork(target: Callable, *inputs) -> torch.multiprocessing.Process:
     process = torch.multiprocessing.get_context("fork").Process(target=target, args=inputs)
     process.start()
     return process
+
+
+def start(folder: Path, file: Path, *words: str, encoding: str = "utf-8") -> subprocess.CompletedProcess:
+    """`python file words` in `folder`, without this project on its path; a fork, which need not import torch again."""
+
+    def run() -> None:
+        os.chdir(folder)
+        for number, stream in enumerate(streams, start=1):
+            os.dup2(stream.fileno(), number)
+        sys.stdout, sys.stderr = open(1, "w", encoding=encoding), open(2, "w")
+        sys.argv, sys.path = [str(file), *words], [str(file.parent), *(path for path in sys.path if path not in OURS)]
+        for name in [name for name in sys.modules if name.split(".")[0] in ("nano_rl", "tests")]:
+            del sys.modules[name]
+        AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier test has left
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        runpy.run_path(str(file), run_name="__main__")
+
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        streams = (out, err)
+        process = fork(run)
+        process.join(timeout=300)
+        process.kill()
+        out.seek(0), err.seek(0)
+        texts = out.read().decode(encoding), err.read().decode()
+    return subprocess.CompletedProcess([str(file), *words], process.exitcode, *texts)
 
 
 def main(monkeypatch, name: str, *words: str) -> str | int:

@@ -185,7 +185,7 @@ def preferences(args: Args) -> None:
     columns = ["head", "held-out accuracy", "the longer is better", "loss", "deviation of a score"]
     cells = "{eval/accuracy:.3f} ± {eval/accuracy_se:.3f}", "{eval/longer_accuracy:.3f}", "{eval/loss:.3f}"
     rows = [[head, *(cell.format(**last[head]) for cell in cells)] for head in heads]
-    show(columns, [row + [f"{last[row[0]]['eval/score_deviation'] or 0:.2f}"] for row in rows])
+    show(columns, [row + [f"{last[row[0]].get('eval/score_deviation', 0):.2f}"] for row in rows])
     show(["reward", *LEARNING], [[name, *learning(args, name)] for name in jobs])
 
 
