@@ -7,10 +7,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # they are about the CPU, also on a mac
 os.environ["OMP_NUM_THREADS"] = "1"  # two workers, one core each: threads that wait for a core spin
 
 import pytest  # noqa: E402
-from tiny import save_policy  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> str:
     """The folder of a tiny random policy."""
+    from tiny import save_policy  # torch takes seconds, and what starts the workers needs none
+
     return save_policy(tmp_path_factory.mktemp("model") / "llama")

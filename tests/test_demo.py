@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+from functools import cache
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +17,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return reinforce.load(AutoModelForCausalLM, reinforce.Args.model, CPU)
+    """transformers parses the file three times, and makes one table for every tensor: 35 of 57 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
+        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
+        return reinforce.load(AutoModelForCausalLM, reinforce.Args.model, CPU)
 
 
 def test_the_wheel_saves_to_the_bit(smollm2, tmp_path):
@@ -35,7 +41,7 @@ def test_the_wheel_saves_to_the_bit(smollm2, tmp_path):
 
 def test_it_writes_english_and_the_sampler_is_close(smollm2, monkeypatch):
     monkeypatch.setattr(reinforce, "has_bfloat16", lambda device: True)
-    monkeypatch.setattr(reinforce, "load", lambda *_: smollm2)  # to read it once takes 20 s
+    monkeypatch.setattr(reinforce, "load", lambda *_: smollm2)  # it takes long
     args = reinforce.Args(max_new_tokens=24)
     policy, _, sampler, tokenizer = reinforce.load_policy(args, CPU)
     examples, held_out = reinforce.load_prompts(args, tokenizer, policy)

@@ -284,17 +284,6 @@ def test_a_mac_computes_on_its_processor(model, tmp_path, monkeypatch):
     assert seen == [True]
 
 
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="of Linux")
-def test_memory_comes_in_large_pages(model, tmp_path):
-    """torch reads its setting at its first allocation, which must not come before `train` makes it."""
-    script = "import sys, torch; from nano_rl.rloo import Args, train; train(Args(**eval(sys.argv[1])));"
-    script += "block = torch.ones(2**24); print(open('/proc/self/smaps').read().count(' hg'))"
-    args = TINY | {"model": model, "num_steps": 1, "output_dir": str(tmp_path / "run")}
-    done = subprocess.run([sys.executable, "-c", script, str(args)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.splitlines()[-1]) > 0
-
-
 def test_equal_rewards_are_a_step_of_zero_gradient(model, tmp_path):
     folder = run(model, tmp_path / "run", reward_fn=lambda completions, **_: [0.7] * len(completions))
     metrics = read(folder)
@@ -696,7 +685,8 @@ except KeyboardInterrupt as error:
 """
 
 
-@pytest.mark.parametrize("number", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_torchrun_passes_a_signal_on_to_all_processes(model, tmp_path, number):
     (tmp_path / "stopped.py").write_text(STOPPED)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -719,13 +709,16 @@ def start_anew(folder: Path, file: Path, *words: str) -> subprocess.CompletedPro
 
 @pytest.mark.parametrize("file, begin", [(reinforce, start_anew), (ppo, start)], ids=["reinforce", "ppo"])
 def test_a_copied_file_trains_stops_at_ctrl_c_and_resumes(model, tmp_path, file, begin):
-    """Alone in an empty folder, without this project on the path; `.env` beside it is read."""
+    """Alone in an empty folder, without this project on the path; `.env` beside it is read, and on Linux memory comes
+    in large pages: torch reads that setting at its first allocation, which must not come before `train` makes it."""
     copied = Path(shutil.copy(file.__file__, tmp_path))
     (tmp_path / ".env").write_text("PROBE=0.5\n")
     (tmp_path / "probe.py").write_text(
-        "import glob, os, signal\n\ndef reward(prompts, completions, **columns):\n"
+        "import glob, os, signal, torch\n\ndef reward(prompts, completions, **columns):\n"
         "    if glob.glob('runs/*/metrics.jsonl') and not os.path.exists('pressed'):  # in the first step\n"
-        "        open('pressed', 'w').close()\n"
+        "        block = torch.ones(2**24)\n"
+        "        with open('pressed', 'w') as file:\n"
+        "            file.write(''.join(open(path).read() for path in glob.glob('/proc/self/smaps')))\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return [float(os.environ['PROBE']) * len(text) for text in completions]\n"
     )
@@ -734,6 +727,8 @@ def test_a_copied_file_trains_stops_at_ctrl_c_and_resumes(model, tmp_path, file,
     advice = f"stopped after step 1: go on with --resume {folder.relative_to(tmp_path)}"
     assert stopped.returncode == 1 and stopped.stderr.splitlines()[-1] == advice
     assert "Traceback" not in stopped.stderr and not (folder / "policy").exists()
+    if begin is start_anew and Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        assert " hg" in (tmp_path / "pressed").read_text(), "blocks of large pages"
     resumed = start(tmp_path, copied, *advice.split()[-2:])
     assert resumed.returncode == 0, resumed.stderr
     assert "step 2/3" not in resumed.stderr, "a log file holds no progress bar of ours"
