@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import WORDS, gpt2_config, llama_config, make_policy, make_tokenizer, save_policy, start
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tiny import CHAT_TEMPLATE, WORDS, gpt2_config, llama_config, make_policy, make_tokenizer, save_policy, start
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 import nano_rl.reward_model as rm
 from nano_rl import reinforce, remax
@@ -363,6 +366,21 @@ def test_a_text_that_ends_in_the_pad_token_is_refused():
     assert tokenizer.pad_token == "<eos>" or tokenizer.pad_token == "<unk>"
     with pytest.raises(ValueError, match="with the pad token at its end"):
         build_row({"prompt": "the", "chosen": f"sea {tokenizer.pad_token}", "rejected": "sun"}, tokenizer)
+
+
+def test_no_word_becomes_the_pad_token(tmp_path, monkeypatch):
+    """Saved as a special token, it would be cut out of every text; a model without one reads the last token, too."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(["!", "<eos>", *WORDS])}, unk_token="!"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    folder = run(save_policy(tmp_path / "model", tokenizer=tokenizer), tmp_path / "run", num_steps=1)
+    assert AutoTokenizer.from_pretrained(folder / "reward_model").pad_token is None
+    samples = [row for row in read(folder, "completions.jsonl") if row["step"] == 1]
+    rewards, _ = scored_by_reinforce(
+        folder, monkeypatch, *zip(*[(row["prompt"], row["completion"]) for row in samples])
+    )
+    assert rewards == pytest.approx([row["reward"] for row in samples], rel=1e-5, abs=1e-6)
 
 
 def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused(tmp_path):
