@@ -117,7 +117,7 @@ def test_a_reward_model_without_a_head(model, tmp_path):
         (
             '{"prompt": "%s"}\n' % ("sun " * 60) * 3,
             "line 1",
-            "context less --max-new-tokens leaves 56",
+            "context less --max-new-tokens leaves 58",
         ),
         ('{"prompt": "a"}\n', "needs 3 different prompts", "--eval-prompts"),
     ],
