@@ -152,7 +152,8 @@ def complete(args: Args, name: str, device: torch.device, reward_fn) -> tuple:
     """The policy, its tokenizer, its prompts, each one S times (N = n S), and their completions and rewards."""
     shared = {field.name for field in fields(reinforce.Args)} & {field.name for field in fields(Args)}
     settings = reinforce.Args(model=name, **{flag: getattr(args, flag) for flag in shared})
-    policy, _, sampler, tokenizer = reinforce.load_policy(settings, device)
+    policy, _, tokenizer = reinforce.load_policy(settings, device)
+    sampler = reinforce.make_sampler(policy, tokenizer, settings)
     read = reinforce.read_prompts if args.all_prompts else lambda _, *inputs: reinforce.load_prompts(*inputs)[1]
     examples = [e for e in read(args.prompts, settings, tokenizer, policy) for _ in range(args.num_samples)]
     size = max(1, args.batch_size // args.num_samples) * args.num_samples  # of whole prompts
@@ -201,15 +202,14 @@ def compare_policies(args: Args) -> Path:
             (mean, error), p = estimate(differences), sign_flip_test(differences)
             table[f][letter] |= {"difference": mean, "difference_se": error, "p": p}
             columns[-1] += [cell(mean, error, "+"), cell(p)]
-    num_prompts = len(examples) // args.num_samples  # n
-    result = {"policies": policies, "prompts": num_prompts, "args": asdict(args), "table": table}
+    result = {"policies": policies, "prompts": len(examples) // args.num_samples, "args": asdict(args), "table": table}
     (folder / "comparison.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     rows = zip([{"prompt": example["prompt"]} for example in examples], *answers.values())
     lines = [json.dumps(row[0] | dict(zip(policies, row[1:])), ensure_ascii=False) + "\n" for row in rows]
     (folder / "completions.jsonl").write_text("".join(lines), encoding="utf-8")
 
     print("\n".join(f"{letter}: {name}" for letter, name in policies.items()))
-    print(f"{num_prompts} prompts, {args.num_samples} completions of each; ± standard error over the prompts")
+    print(f"{result['prompts']} prompts, {args.num_samples} completions of each; ± standard error over the prompts")
     print(f"\n{markdown(columns)}\n\n{examples[0]['prompt']}")
     print("\n".join(f"{letter}: {' '.join(answer[0]['completion'].split())}" for letter, answer in answers.items()))
     print(f"\nall completions, and the table as JSON: {folder}")

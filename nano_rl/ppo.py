@@ -149,10 +149,9 @@ def compute_value_loss(
 def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
     """log π(y_t | x, y_<t) of the completions' tokens (n, T), π at this temperature; 0 after the stop."""
     num_tokens = batch["mask"].shape[1]  # T
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}  # (n, P + T) each
+    inputs = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask", "position_ids")}  # (n, P + T - 1)
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=has_bfloat16(policy.device)):
-        logits = policy(**inputs, logits_to_keep=num_tokens + 1, use_cache=False).logits  # (n, T + 1, V)
-    logits = logits[:, :-1]  # (n, T, V), those before each token
+        logits = policy(**inputs, logits_to_keep=num_tokens, use_cache=False).logits  # (n, T, V), before each token
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # softmax in float32
     completion_ids = batch["input_ids"][:, -num_tokens:]  # (n, T)
     logprobs = -F.cross_entropy(logits.flatten(0, 1), completion_ids.flatten(), reduction="none")  # (n T,)
@@ -162,11 +161,11 @@ def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: f
 def compute_values(value_model: nn.ModuleDict, batch: dict[str, Tensor]) -> Tensor:
     """V(t) (n, T), read before token t of the completion; 0 after the stop."""
     num_tokens = batch["mask"].shape[1]  # T
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}  # (n, P + T) each
+    inputs = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask", "position_ids")}  # (n, P + T - 1)
     head = value_model["head"]
     with torch.autocast(head.weight.device.type, torch.bfloat16, enabled=has_bfloat16(head.weight.device)):
-        hidden = value_model["trunk"](**inputs, use_cache=False).last_hidden_state  # (n, P + T, H)
-    hidden = hidden[:, -num_tokens - 1 : -1]  # (n, T, H), those before each token
+        hidden = value_model["trunk"](**inputs, use_cache=False).last_hidden_state  # (n, P + T - 1, H)
+    hidden = hidden[:, -num_tokens:]  # (n, T, H), those before each token
     return head(hidden.to(head.weight.dtype)).squeeze(dim=2) * batch["mask"]  # in float32
 
 
@@ -200,11 +199,11 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
     if args.batch_size % args.num_minibatches or args.gamma > 1 or args.gae_lambda > 1:
         raise InputError("--num-minibatches must divide --batch-size, --gamma and --gae-lambda be at most 1")
     reward_fn = reward_fn or load_reward_fn(args, run.device)
-    policy, ref_policy, sampler, tokenizer = load_policy(args, run.device)
+    policy, ref_policy, tokenizer = load_policy(args, run.device)
     prompts, eval_prompts = load_prompts(args, tokenizer, policy)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
-    evaluation = partial(evaluate, run, policy, ref_policy, sampler, tokenizer, eval_prompts, reward_fn)
+    evaluation = partial(evaluate, run, policy, ref_policy, tokenizer, eval_prompts, reward_fn)
     value_model = make_value_model(policy, args)
     value_parameters = [parameter for parameter in value_model.parameters() if parameter.requires_grad]
     value_optimizer = torch.optim.Adam(value_parameters, lr=args.value_learning_rate, fused=True)
@@ -218,7 +217,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
     for step in run.steps():
         # 1. sample
         examples = run.draw(prompts, args.batch_size)  # n
-        sampler.load_state_dict(policy.state_dict())
+        sampler = make_sampler(policy, tokenizer, args)
         batch, completions = sample(sampler, tokenizer, examples, args.temperature)
 
         # 2. score
@@ -249,6 +248,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
                 part["advantages"] = (part["advantages"] - errors.mean()) / (errors.std(correction=0) + 1e-4)
 
         # 4. update
+        del sampler  # which makes room for the gradients
         logged = []  # of each token in each update, also the first: ratio, is_clipped
         grad_norms = []
         value_losses = []
@@ -334,7 +334,7 @@ def load(auto_class: type, name: str, device: torch.device, dtype: torch.dtype =
 
 
 def load_policy(args: Args, device: torch.device) -> tuple:
-    """π_θ, π_ref, what samples, and the tokenizer."""
+    """π_θ, π_ref and the tokenizer."""
     dtype = torch.bfloat16 if args.lora_rank and has_bfloat16(device) else torch.float32  # LoRA's are frozen
     policy, tokenizer = load(transformers.AutoModelForCausalLM, args.model, device, dtype)
     rows = policy.get_input_embeddings().weight.shape[0]  # a tokenizer may have more
@@ -347,17 +347,17 @@ def load_policy(args: Args, device: torch.device) -> tuple:
         set_seed(args.seed)  # the same adapters in every process; they are float32
         config = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
         policy = peft.PeftModelForCausalLM(policy, config)
-    return policy, ref_policy, make_sampler(policy, tokenizer, args), tokenizer
+    return policy, ref_policy, tokenizer
 
 
 def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
-    """A copy, with LoRA of the same weights, that does nothing but sample; no top_p of the model's own bends π_θ."""
-    sampler = copy.copy(policy) if args.lora_rank else copy.deepcopy(policy)
-    for weight in sampler.parameters():
-        if weight.dim() > 1 and has_bfloat16(policy.device) and not args.lora_rank:  # norms stay as buffers are
-            weight.data = weight.data.bfloat16()  # 4.6 s a step for autocast's 6.4; LoRA's frozen weights are already
-        elif weight.dim() == 2 and not (has_bfloat16(policy.device) or args.lora_rank and weight.requires_grad):
-            weight.data = weight.data.t().contiguous().t()  # by columns, as MKL likes it: 12.6 s for 18.5 in float32
+    """A copy that does nothing but sample, made anew in each step; no top_p of the model's own bends π_θ."""
+    matrices = {}  # by id, as deepcopy asks for them; norms stay as exact as buffers are
+    for weight in [weight for weight in policy.parameters() if weight.dim() > 1]:
+        # In bfloat16 4.6 s a step for autocast's 6.4; in float32 by columns, as MKL likes it, 12.6 s for 18.5.
+        matrix = weight.bfloat16() if has_bfloat16(policy.device) else weight.mT.contiguous().mT
+        matrices[id(weight)] = nn.Parameter(matrix, requires_grad=False)
+    sampler = copy.deepcopy(policy, matrices)
     ids = policy.generation_config.eos_token_id  # chat models often have more than the tokenizer's one
     ends = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id, read_template(tokenizer, args)[1]}
     options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
@@ -390,8 +390,8 @@ def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: flo
 
 def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[str, Tensor]]:
     """Parts of at most `max_tokens` tokens, or of one row; longest completions first, without columns of padding."""
-    size = max(1, max_tokens // batch["input_ids"].shape[1])
-    for rows in filter(len, batch["mask"].sum(dim=1).argsort(descending=True, stable=True).split(size)):
+    num_parts = math.ceil(len(batch["mask"]) / max(1, max_tokens // batch["input_ids"].shape[1]))  # as equal as can be
+    for rows in filter(len, batch["mask"].sum(dim=1).argsort(descending=True, stable=True).chunk(num_parts or 1)):
         part = {name: tensor[rows] for name, tensor in batch.items()}
         used = part["attention_mask"].any(dim=0)  # (P + T,); tensors of two dimensions end in the columns of T
         yield {name: t[:, used[-t.shape[1] :]] if t.dim() == 2 else t for name, t in part.items()}
@@ -550,13 +550,13 @@ def score(run, reward_fn: Callable, examples: list[dict], batch: dict, completio
 
 
 # ---- Run: evaluation, folder, logs, checkpoint, processes -----------------------------------------------------------
-def evaluate(run, policy, ref_policy, sampler, tokenizer, prompts: list[dict], reward_fn: Callable) -> tuple:
+def evaluate(run, policy, ref_policy, tokenizer, prompts: list[dict], reward_fn: Callable) -> tuple:
     """Held-out reward and words and, what the reward does not see, KL to π_ref and log π_ref of a token."""
     args, group_size = run.args, max(1, 32 // len(prompts))  # 32 completions or, of more prompts, one each
     examples = [example for example in run.share(prompts) for _ in range(group_size)]
     samples, table = [], [[torch.zeros(0)] * 4]
     set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
-    sampler.load_state_dict(policy.state_dict())
+    sampler = make_sampler(policy, tokenizer, args)
     for part in [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]:
         batch, completions = sample(sampler, tokenizer, part, args.temperature)
         rewards, _ = score(run, reward_fn, part, batch, completions)  # (n,)

@@ -274,8 +274,8 @@ def make_batch(rows: list[dict], device: torch.device) -> dict[str, Tensor]:
 
 def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[str, Tensor]]:
     """Parts of at most `max_tokens` tokens, or of one row; longest completions first, without columns of padding."""
-    size = max(1, max_tokens // batch["input_ids"].shape[1])
-    for rows in filter(len, batch["mask"].sum(dim=1).argsort(descending=True, stable=True).split(size)):
+    num_parts = math.ceil(len(batch["mask"]) / max(1, max_tokens // batch["input_ids"].shape[1]))  # as equal as can be
+    for rows in filter(len, batch["mask"].sum(dim=1).argsort(descending=True, stable=True).chunk(num_parts or 1)):
         part = {name: tensor[rows] for name, tensor in batch.items()}
         used = part["attention_mask"].any(dim=0)  # (P + T,); tensors of two dimensions end in the columns of T
         yield {name: t[:, used[-t.shape[1] :]] if t.dim() == 2 else t for name, t in part.items()}

@@ -85,10 +85,9 @@ def compute_loss(logprobs: Tensor, mask: Tensor, num_tokens: int) -> Tensor:
 def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
     """log π(y_t | x, y_<t) of the completions' tokens (n, T), π at this temperature; 0 after the stop."""
     num_tokens = batch["mask"].shape[1]  # T
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}  # (n, P + T) each
+    inputs = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask", "position_ids")}  # (n, P + T - 1)
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=has_bfloat16(policy.device)):
-        logits = policy(**inputs, logits_to_keep=num_tokens + 1, use_cache=False).logits  # (n, T + 1, V)
-    logits = logits[:, :-1]  # (n, T, V), those before each token
+        logits = policy(**inputs, logits_to_keep=num_tokens, use_cache=False).logits  # (n, T, V), before each token
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # softmax in float32
     completion_ids = batch["input_ids"][:, -num_tokens:]  # (n, T)
     logprobs = -F.cross_entropy(logits.flatten(0, 1), completion_ids.flatten(), reduction="none")  # (n T,)
@@ -192,8 +191,8 @@ def make_batch(rows: list[dict], device: torch.device) -> dict[str, Tensor]:
 
 def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[str, Tensor]]:
     """Parts of at most `max_tokens` tokens, or of one row; longest completions first, without columns of padding."""
-    size = max(1, max_tokens // batch["input_ids"].shape[1])
-    for rows in filter(len, batch["mask"].sum(dim=1).argsort(descending=True, stable=True).split(size)):
+    num_parts = math.ceil(len(batch["mask"]) / max(1, max_tokens // batch["input_ids"].shape[1]))  # as equal as can be
+    for rows in filter(len, batch["mask"].sum(dim=1).argsort(descending=True, stable=True).chunk(num_parts or 1)):
         part = {name: tensor[rows] for name, tensor in batch.items()}
         used = part["attention_mask"].any(dim=0)  # (P + T,); tensors of two dimensions end in the columns of T
         yield {name: t[:, used[-t.shape[1] :]] if t.dim() == 2 else t for name, t in part.items()}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.experiments import benchmark
+from tests.experiments import benchmark, profile
 
 SHAPE = {
     "hidden_size": 16,
@@ -40,3 +40,15 @@ def test_the_table_of_peaks(monkeypatch, capsys):
     title, rule, *rows = capsys.readouterr().out.splitlines()
     assert title.count("|") == rule.count("|") == 4
     assert rows == ["| rloo.py | 4.0 | 2.0 |", "| grpo.py | 4.0 | 2.0 |"]
+
+
+def test_the_profile(model, capsys):
+    profile.main(profile.Args(model=model, completions=8, length=4))
+    lines = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
+    rows = {line[1]: line[2:-1] for line in lines if len(line) > 3}
+    for column in (0, 2):  # sampling, training
+        kinds = [float(rows[kind][column]) for kind in (*profile.KINDS, profile.REST)]
+        assert min(kinds) >= 0 and sum(kinds) == pytest.approx(float(rows["together"][column]), abs=0.06)
+        assert float(rows["without the profiler"][column]) > 0
+    sizes = [int(row[0]) for row in rows.values() if len(row) == 1 and row[0].isdigit()]
+    assert len(sizes) == 7 and sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=6) and sizes[0] > 100

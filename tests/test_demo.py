@@ -43,7 +43,8 @@ def test_it_writes_english_and_the_sampler_is_close(smollm2, monkeypatch):
     monkeypatch.setattr(reinforce, "has_bfloat16", lambda device: True)
     monkeypatch.setattr(reinforce, "load", lambda *_: smollm2)  # it takes long
     args = reinforce.Args(max_new_tokens=24)
-    policy, _, sampler, tokenizer = reinforce.load_policy(args, CPU)
+    policy, _, tokenizer = reinforce.load_policy(args, CPU)
+    sampler = reinforce.make_sampler(policy, tokenizer, args)
     examples, held_out = reinforce.load_prompts(args, tokenizer, policy)
     assert (len(examples), len(held_out)) == (24, 8)
     torch.manual_seed(0)

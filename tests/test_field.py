@@ -369,7 +369,7 @@ def test_7_the_limit_has_two_names_in_configs_and_some_models_have_none(tmp_path
     limits = [(llama_config(27, max_position_embeddings=32), 32), (gpt2_config(27, n_positions=32), 32)]
     for config, limit in [*limits, (mpt, 32), (bloom, 2**31)]:
         name = save_policy(tmp_path / config.model_type, config)
-        policy, _, _, tokenizer = reinforce.load_policy(reinforce.Args(model=name), CPU)
+        policy, _, tokenizer = reinforce.load_policy(reinforce.Args(model=name), CPU)
         assert tokenizer.model_max_length == limit
         prompts = prompts_file(tmp_path / "prompts.jsonl", "a", "b", "sea " * 40)
         args = reinforce.Args(prompts=prompts, max_new_tokens=4)

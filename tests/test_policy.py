@@ -4,6 +4,7 @@ pitfalls 1 to 12, 14, 25, 40 and 44.
 """
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_whole_batch_logprobs_do_not_depend_on_micro_batches():
 
 
 def test_micro_batches_are_sorted_and_cut():
-    """The longest first, none above the limit unless alone; what has one value a row goes with it."""
+    """The longest first, none above the limit unless alone, as equal as can be; with what has one value a row."""
     batch = as_batch([2, 7], [[3]] * 3 + [[3] * 8] * 16, pad=1)
     batch |= {"rows": torch.arange(19), "terminated": torch.arange(19) % 2 == 0}
     parts = list(reinforce.micro_batches(batch, 50))
@@ -115,6 +116,8 @@ def test_micro_batches_are_sorted_and_cut():
     assert part["input_ids"].tolist() == [[2, 7, 3]] * 3 and part["mask"].tolist() == [[1]] * 3
     assert not list(reinforce.micro_batches({name: tensor[:0] for name, tensor in batch.items()}, 50))
     assert [part["rows"].tolist() for part in reinforce.micro_batches(batch, 5)][:2] == [[3], [4]]
+    eight = {name: tensor[3:11] for name, tensor in batch.items()}  # of ten tokens: not seven and one
+    assert [part["rows"].tolist() for part in reinforce.micro_batches(eight, 70)] == [[3, 4, 5, 6], [7, 8, 9, 10]]
 
 
 @pytest.mark.parametrize("config", [llama_config, gpt2_config, gemma_config])
@@ -185,19 +188,18 @@ def test_samples_follow_the_softmax_whatever_the_model_came_with(bfloat16):
 
 
 def test_sampler_is_the_policy_with_exact_rotary_frequencies(bfloat16):
-    policy, sampler = make_sampler(llama_config(25))
+    policy, sampler = make_sampler(llama_config(25, tie_word_embeddings=True))
     dtype = torch.bfloat16 if bfloat16 else torch.float32  # of matrices; norms stay as exact as buffers are
     for ours, theirs in zip(policy.parameters(), sampler.parameters(), strict=True):
         assert theirs.dtype == (dtype if ours.dim() == 2 else torch.float32)
         assert torch.equal(ours.to(theirs.dtype), theirs)
     assert torch.equal(policy.model.rotary_emb.inv_freq, sampler.model.rotary_emb.inv_freq)
     assert sampler.model.rotary_emb.inv_freq.dtype == torch.float32
-    layout = sampler.lm_head.weight.is_contiguous()
-    with torch.no_grad():
-        next(policy.parameters()).add_(1.0)
-    sampler.load_state_dict(policy.state_dict())
-    assert torch.equal(next(policy.parameters()).to(dtype), next(sampler.parameters()))
-    assert sampler.lm_head.weight.is_contiguous() == layout == bfloat16, "refreshing keeps the layout"
+    assert sampler.lm_head.weight is sampler.model.embed_tokens.weight, "tied"
+    assert sampler.lm_head.weight.is_contiguous() == bfloat16, "by columns"
+    alive = weakref.ref(sampler)
+    del sampler
+    assert alive() is None, "its memory is free at once"
 
 
 @pytest.mark.parametrize("names", [[], ["avx2", "avx512_f"], ["avx512_bf16"], ["amx_bf16"], ["neon", "bf16"]])
@@ -220,17 +222,17 @@ def test_dropout_is_off(tmp_path):
 
 def test_bfloat16_logits_are_scored_in_float32():
     """A log-softmax over 50,000 bfloat16 logits would keep 3 digits (pitfall 8)."""
-    logits = (torch.randn(2, 4, 50_000, generator=torch.Generator().manual_seed(0)) * 4).bfloat16()
+    logits = (torch.randn(2, 5, 50_000, generator=torch.Generator().manual_seed(0)) * 4).bfloat16()
 
     class Stub(torch.nn.Module):
         device = CPU
 
-        def forward(self, logits_to_keep, **_):
-            return type("Output", (), {"logits": logits[:, -logits_to_keep:]})
+        def forward(self, input_ids, logits_to_keep, **_):
+            return type("Output", (), {"logits": logits[:, : input_ids.shape[1]][:, -logits_to_keep:]})
 
     batch = as_batch([2, 7], [[3, 1, 9], [4, 5, 6]], pad=1)
     ours = reinforce.compute_logprobs(Stub(), batch, 0.7)
-    exact = (logits[:, :-1].double() / 0.7).log_softmax(dim=-1)
+    exact = (logits[:, 1:-1].double() / 0.7).log_softmax(dim=-1)  # before each token of the completion
     exact = exact.gather(2, batch["input_ids"][:, 2:, None])[:, :, 0]
     assert (ours - exact).abs().max() < 1e-4
 
@@ -368,7 +370,7 @@ def test_prompts_and_columns(tmp_path):
 def test_equal_weights_have_a_kl_of_exactly_zero(tmp_path, bfloat16, config, lora_rank):
     """The reference rounds nothing that autocast does not round in the policy."""
     args = reinforce.Args(model=save_policy(tmp_path / "model", config(25)), lora_rank=lora_rank)
-    policy, ref_policy, _, _ = reinforce.load_policy(args, CPU)
+    policy, ref_policy, _ = reinforce.load_policy(args, CPU)
     batch = as_batch([2, 7], [[3, 4, 1], [5, 8, 9]], pad=0, left=2)
     logprobs = reinforce.score_logprobs(policy, batch, args)
     assert torch.equal(logprobs, reinforce.score_logprobs(ref_policy, batch, args))
@@ -382,7 +384,7 @@ def test_equal_weights_have_a_kl_of_exactly_zero(tmp_path, bfloat16, config, lor
 
 def test_the_reference_is_a_frozen_copy(tmp_path):
     args = reinforce.Args(model=save_policy(tmp_path / "model", llama_config(25)))
-    policy, ref_policy, _, _ = reinforce.load_policy(args, CPU)
+    policy, ref_policy, _ = reinforce.load_policy(args, CPU)
     assert not any(weight.requires_grad for weight in ref_policy.parameters())
     assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
     ours, theirs = ({weight.data_ptr() for weight in model.parameters()} for model in (policy, ref_policy))

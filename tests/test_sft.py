@@ -135,8 +135,7 @@ def test_only_completion_tokens_have_a_gradient(model):
     policy.lm_head.register_forward_hook(lambda module, inputs, logits: (logits.register_hook(grads.append), None)[1])
     logprobs = sft.compute_logprobs(policy, batch, 1.0)
     sft.compute_loss(logprobs, batch["mask"], int(batch["mask"].sum())).backward()
-    has_gradient = grads[0].abs().sum(dim=2) > 0  # (n, T + 1), the last is that of the token after the completion
-    assert torch.equal(has_gradient[:, :-1], batch["mask"].bool()) and not has_gradient[:, -1].any()
+    assert torch.equal(grads[0].abs().sum(dim=2) > 0, batch["mask"].bool())  # (n, T)
 
 
 # ---- The tokens that are trained ------------------------------------------------------------------------------------

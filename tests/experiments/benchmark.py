@@ -31,7 +31,6 @@ import transformers
 import tyro
 
 from nano_rl import reinforce
-from tests.experiments.trl_run import make_trainer
 
 CPU = torch.device("cpu")
 SHAPES = {  # of models with random weights
@@ -134,6 +133,8 @@ def run_nano_rl(job: dict, clock: Clock, folder: str) -> None:
 
 
 def run_trl(job: dict, clock: Clock, folder: str) -> None:
+    from tests.experiments.trl_run import make_trainer  # its import makes a tensor, and then large pages come too late
+
     class Steps(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
             self.start = time.perf_counter()

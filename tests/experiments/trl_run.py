@@ -86,7 +86,7 @@ def main(args: Args) -> None:
         model=args.model, seed=args.seed, max_new_tokens=args.max_new_tokens, output_dir=str(args.output_dir)
     )
     run = rloo.Run(ours)
-    policy, ref_policy, sampler, tokenizer = rloo.load_policy(ours, run.device)
+    policy, ref_policy, tokenizer = rloo.load_policy(ours, run.device)
     examples, held_out = rloo.load_prompts(ours, tokenizer, policy)
     policy.set_attn_implementation("sdpa")  # transformers' default, which TRL's user gets; `load` may choose another
     reward_fn = rloo.load_reward_fn(ours, run.device)
@@ -99,7 +99,7 @@ def main(args: Args) -> None:
         policy.eval()  # the trainer calls train() in every step
         policy.set_attn_implementation(ref_policy.config._attn_implementation)  # equal weights have a KL of 0
         with torch.random.fork_rng():  # TRL's draws go on as if there were no evaluation
-            metrics, samples = rloo.evaluate(run, policy, ref_policy, sampler, tokenizer, held_out, reward_fn)
+            metrics, samples = rloo.evaluate(run, policy, ref_policy, tokenizer, held_out, reward_fn)
         policy.set_attn_implementation("sdpa")
         metrics = {name: value.item() for name, value in metrics.items() if value is not None}
         rows = [(split, *row) for split, *columns in samples for row in zip(*columns)]
