@@ -6,8 +6,9 @@ from pathlib import Path
 
 FILES = {  # in the order to read them
     "Lessons": "reinforce rloo remax raft grpo ppo",
+    "Variants": "dr_grpo gspo cispo dapo reinforce_pp maxrl",
     "Before them": "sft reward_model",
-    "Rewards": "gsm8k",
+    "Rewards": "gsm8k sums",
     "Tools": "compare",
 }
 

@@ -199,11 +199,10 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
             optimizer.zero_grad()
 
         ratios, clips, kls = torch.cat(logged, dim=1)
-        groups = rewards.view(-1, args.group_size)  # (n / G, G)
         metrics = {  # the mean of each over all processes is logged
             "reward": rewards,
             "reward_std": run.gather(rewards).std(correction=0),
-            "frac_reward_zero_std": (groups == groups[:, :1]).all(dim=1),
+            "frac_reward_zero_std": (advantages.view(-1, args.group_size) == 0).all(dim=1),
             "completions/mean_length": batch["mask"].sum(dim=1),
             "completions/clipped_ratio": ~batch["terminated"],
             "entropy_estimate": torch.cat([-part["old_logprobs"][part["mask"].bool()] for part in parts]),

@@ -95,9 +95,9 @@ class Args:  # a flag's comment is its --help
 
 
 # ---- The algorithm --------------------------------------------------------------------------------------------------
-def compute_advantages(kl_rewards: Tensor, group_size: int) -> Tensor:
+def compute_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """(2): rewards and advantages are (n,), the G completions of a prompt side by side."""
-    groups = kl_rewards.view(-1, group_size)  # (n / G, G)
+    groups = rewards.view(-1, group_size)  # (n / G, G)
     has_best = (groups != groups[:, :1]).any(dim=1, keepdim=True)  # (n / G, 1)
     advantages = F.one_hot(groups.argmax(dim=1), group_size) * has_best  # (2)
     return advantages.flatten()  # (n,)
@@ -171,16 +171,15 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
             optimizer.step()
             optimizer.zero_grad()
 
-        groups = kl_rewards.view(-1, args.group_size)  # (n / G, G)
         metrics = {  # the mean of each over all processes is logged
             "reward": rewards,
             "reward_std": run.gather(rewards).std(correction=0),
-            "frac_reward_zero_std": (groups == groups[:, :1]).all(dim=1),
+            "frac_reward_zero_std": (advantages.view(-1, args.group_size) == 0).all(dim=1),
             "completions/mean_length": batch["mask"].sum(dim=1),
             "completions/clipped_ratio": ~batch["terminated"],
             "kl": kl[batch["mask"].bool()] if args.kl_coef else None,
             "grad_norm": torch.tensor(grad_norms),
-            "best_reward": groups.max(dim=1).values,
+            "best_reward": kl_rewards.view(-1, args.group_size).max(dim=1).values,
         }
         samples = [("train", examples, completions, rewards.tolist())]
         if step == args.num_steps or args.eval_every and step % args.eval_every == 0:

@@ -96,9 +96,9 @@ class Args:  # a flag's comment is its --help
 
 
 # ---- The algorithm --------------------------------------------------------------------------------------------------
-def compute_advantages(kl_rewards: Tensor, group_size: int) -> Tensor:
+def compute_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """(2): rewards and advantages are (n,), the G completions of a prompt side by side."""
-    groups = kl_rewards.view(-1, group_size)  # (n / G, G)
+    groups = rewards.view(-1, group_size)  # (n / G, G)
     baseline = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)  # (n / G, G), the mean of the others
     advantages = groups - baseline  # (2)
     return advantages.flatten()  # (n,)
@@ -171,11 +171,10 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         optimizer.step()
         optimizer.zero_grad()
 
-        groups = kl_rewards.view(-1, args.group_size)  # (n / G, G)
         metrics = {  # the mean of each over all processes is logged
             "reward": rewards,
             "reward_std": run.gather(rewards).std(correction=0),
-            "frac_reward_zero_std": (groups == groups[:, :1]).all(dim=1),
+            "frac_reward_zero_std": (advantages.view(-1, args.group_size) == 0).all(dim=1),
             "completions/mean_length": batch["mask"].sum(dim=1),
             "completions/clipped_ratio": ~batch["terminated"],
             "entropy_estimate": torch.cat(surprisals),
