@@ -11,7 +11,8 @@ r_i is the reward of completion y_i of prompt x_i, M the number of tokens of all
 is π_θ before training; what stands in sg() is a constant in the gradient.
 
 GRPO silences a token whose ratio has left 1-ε to 1+ε the way its advantage pushes it. Here min(ρ, 1+ε) is a weight of
-∇ log π: bounded, so biased, and never 0. In the first update ρ is 1, and the gradient that of DAPO's token mean.
+∇ log π, bounded and never 0. It is biased: by the bound, and as ρ leaves out the tokens before. In the first update ρ
+is 1, and the gradient, where β is 0, that of DAPO's token mean.
 
 B prompts a step with G completions of each make N = B·G over all processes, n of them in one process or micro-batch;
 P prompt tokens, T completion tokens, V words of vocabulary. π is at --temperature everywhere.
@@ -26,7 +27,7 @@ Differs from GRPO in (4), and from the paper:
     1. The gradient is scaled down to --max-grad-norm before Adam takes its step; 1e-4 is added to std(r).
     2. A completion cut off at --max-new-tokens is scored and trained like any other.
     3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
-    4. M is the batch's, not each prompt's. The paper gives no ε, has no KL, and samples as DAPO does.
+    4. M is the batch's, not each prompt's. The paper gives no ε, has no KL, and has DAPO's sampling and length penalty.
 
 Run: uv run -m nano_rl.cispo
 """
@@ -515,7 +516,8 @@ class Run:
         for name, default in asdict(Args()).items():
             kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp", name)
             value = kind(getattr(self.args, name) or kind())  # a Path is text
-            if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and not is_positive):
+            numbers = [v for v in (value if kind is tuple else [value]) if isinstance(v, int | float)]
+            if not all(0 < v < 2**32 or v == 0 and not is_positive for v in numbers):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
             self.args = replace(self.args, **{name: value})
         files = [Path(v) for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]

@@ -12,18 +12,19 @@ the number of tokens of all completions that are trained.
 
 A group with R = 1, 0, 0, 0 has A = 1.5, -0.5, -0.5, -0.5.
 
-    Clip higher: ε₂ = 0.28 > ε₁ = 0.2, so that a rare token may become likely before it is silenced; with the same ε it
-        may at most go from 0.01 to 0.012 in a step.
-    Dynamic sampling: a prompt whose completions all have the same r teaches nothing, and its place is lost.
-        Here prompts are drawn in rounds of B until B are found whose completions differ, or --max-rounds are over.
+    Clip higher: ε₂ = 0.28 > ε₁ = 0.2, so that a rare token may rise further before it is silenced: in a step from 0.01
+        to 0.0128, with ε₂ = 0.2 to 0.012.
+    Dynamic sampling: a prompt whose completions all have the same r teaches nothing but the penalty, and takes a place.
+        Prompts are drawn in rounds of B until each process has its share of B that differ, or --num-rounds are over.
     Token mean: 1/M gives each token the same weight, so a long completion has more of it than in GRPO.
-    Overlong penalty: from 0 at T_max - C tokens to 1 at T_max, instead of a noisy reward for a text that was cut off.
+    Overlong penalty: from 0 at T_max - C tokens to 1 at T_max, so that few texts are cut off, of which r says little.
 
 What is found beyond B is dropped. Where the rounds end before B are found, the step trains on what there is, with M
 its tokens; where there is nothing, no Adam step is taken. completions/num_sampled counts what was sampled for
-completions/num_trained; reward is the mean r of all that was sampled: that of the trained would know the filter.
+completions/num_trained; reward is the mean r of all that was sampled: the trained alone are what the filter chose.
 
-The filter makes L a gradient of no expected reward: prompts weigh by how often their answers differ.
+The filter scales L's expected gradient and does not turn it: what it drops has A = 0 anyway, the penalty aside. What
+makes it the gradient of no expected reward is std(R), as in GRPO.
 
 B prompts a step with G completions of each make N = B·G over all processes, n of them in one process or micro-batch;
 P prompt tokens, T completion tokens, V words of vocabulary. π is at --temperature everywhere.
@@ -37,8 +38,8 @@ P prompt tokens, T completion tokens, V words of vocabulary. π is at --temperat
 Differs from GRPO in the four, and has no KL. Differs from the paper:
     1. The gradient is scaled down to --max-grad-norm before Adam takes its step; 1e-4 is added to std(R).
     2. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
-    3. r may be any number; the paper's is -1 or 1, and it keeps a prompt that is neither always right nor always wrong.
-    4. M is of the batch, the paper's of the G completions of a prompt. There are rounds at most; T and C are small.
+    3. r may be any number. The paper's is -1 or 1, and a penalty of 1 half of what is between; of 0 and 1 it is all.
+    4. M is of the batch, the paper's of a prompt; its rounds have no end, and its updates a 16th of the batch each.
 
 Run: uv run -m nano_rl.dapo
 """
@@ -90,11 +91,11 @@ class Args:  # a flag's comment is its --help
     num_updates: int = 2  # Adam steps on a batch of samples; with 1 every ratio is 1, and nothing is clipped
     clip_coef: tuple[float, float] = (0.2, 0.28)  # clip range of the ratio, below 1 and above it (ε₁, ε₂)
     overlong_margin: int = 16  # tokens before --max-new-tokens in which a growing penalty is due (C); 0: none
-    max_rounds: int = 4  # rounds of sampling in a step, at most
+    num_rounds: int = 4  # rounds of sampling in a step, at most
     # Training
     batch_size: int = 16  # completions a step, in each process (n)
     num_steps: int = 0  # steps of sampling and updating; 0: 15 or, with --resume, as many as that run was to have
-    max_new_tokens: int = 64  # most tokens of a completion (T)
+    max_new_tokens: int = 64  # most tokens of a completion (T_max)
     temperature: float = 0.7  # of the policy, when it samples and when it is trained
     learning_rate: float = 8e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
@@ -172,7 +173,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         sampled = []  # of every completion of all rounds: reward, length, whether it was cut off
         parts = []  # of what is trained, the same in every update
         samples = []
-        for _ in range(args.max_rounds):
+        for _ in range(args.num_rounds):
             # 1. sample
             drawn = run.draw(prompts, args.batch_size // args.group_size)
             examples = [example for example in drawn for _ in range(args.group_size)]  # n, a prompt's G side by side
@@ -537,7 +538,8 @@ class Run:
         for name, default in asdict(Args()).items():
             kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp", name)
             value = kind(getattr(self.args, name) or kind())  # a Path is text
-            if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and not is_positive):
+            numbers = [v for v in (value if kind is tuple else [value]) if isinstance(v, int | float)]
+            if not all(0 < v < 2**32 or v == 0 and not is_positive for v in numbers):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
             self.args = replace(self.args, **{name: value})
         files = [Path(v) for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]

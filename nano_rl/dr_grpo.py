@@ -10,11 +10,11 @@ Liu et al. 2025, "Understanding R1-Zero-Like Training" (arXiv 2503.20783), secti
 r_i is the reward of completion y_i of prompt x_i, T_max is --max-new-tokens, a constant, β is --kl-coef, π_ref is π_θ
 before training. A group with r = 1, 0, 0, 0 has A = 3/4, -1/4, -1/4, -1/4; one with equal r has A = 0.
 
-GRPO's 1/|y_i| makes a wrong answer cost a token the less, the longer it is, so that wrong answers grow. Its 1/std(r)
-gives a prompt more weight whose answers are nearly all right, or nearly all wrong. Without the two nothing but a
-factor is left between the first update and the policy gradient: its expected gradient is that of the expected reward
-times (1 - 1/G) / T_max, and its gradient that of RLOO times (G - 1) / (G T_max), at any lengths. Adam does not see a
-constant factor; --max-grad-norm does. Later updates are biased by the clip, as GRPO's.
+GRPO's 1/|y_i| makes each token of a wrong answer cost less, the longer the answer is, so that wrong answers grow. Its
+1/std(r) weighs a prompt more whose answers are nearly all right, or nearly all wrong. Without the two, and at β = 0,
+the first update has the policy gradient but for a factor: its expected gradient is that of the expected reward, its
+gradient in each batch that of RLOO, both times (1 - 1/G) / T_max, at any lengths. Adam does not see a constant factor;
+--max-grad-norm does. Later updates are biased, as GRPO's: the clip cuts ρ, and ρ leaves out the tokens before it.
 
 B prompts a step with G completions of each make N = B·G over all processes, n of them in one process or micro-batch;
 P prompt tokens, T completion tokens, V words of vocabulary. π is at --temperature everywhere.
@@ -31,7 +31,7 @@ Differs from the paper:
     1. The gradient is scaled down to --max-grad-norm before Adam takes its step.
     2. A completion cut off at --max-new-tokens is scored and trained like any other.
     3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
-    4. Its (4) has no 1/T_max: the constant is that of the authors' code, and it stays the same from step to step.
+    4. Its (4) has no 1/T_max, which is from the authors' code. It drops the KL, as here the default, β = 0, does.
 
 Run: uv run -m nano_rl.dr_grpo
 """
@@ -86,7 +86,7 @@ class Args:  # a flag's comment is its --help
     # Training
     batch_size: int = 16  # completions a step, in each process (n)
     num_steps: int = 0  # steps of sampling and updating; 0: 15 or, with --resume, as many as that run was to have
-    max_new_tokens: int = 64  # most tokens of a completion (T)
+    max_new_tokens: int = 64  # most tokens of a completion (T_max)
     temperature: float = 0.7  # of the policy, when it samples and when it is trained
     learning_rate: float = 8e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
@@ -123,7 +123,7 @@ def compute_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 def compute_loss(
     ratio: Tensor, kl: Tensor, advantages: Tensor, mask: Tensor, clip_coef: float, kl_coef: float, num_tokens: int
 ) -> Tensor:
-    """(4): what n rows, ratio, kl and mask (n, T), advantages (n,), add to the sum over N T_max = `num_tokens`."""
+    """(4): what n rows, ratio, kl and mask (n, T), advantages (n,), add to L, with N T_max = `num_tokens`."""
     advantages = advantages[:, None]  # (n, 1)
     objective = torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages) - kl_coef * kl
     return -(objective * mask).sum() / num_tokens  # (4), a sum over tokens, divided by a constant
@@ -512,7 +512,8 @@ class Run:
         for name, default in asdict(Args()).items():
             kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp", name)
             value = kind(getattr(self.args, name) or kind())  # a Path is text
-            if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and not is_positive):
+            numbers = [v for v in (value if kind is tuple else [value]) if isinstance(v, int | float)]
+            if not all(0 < v < 2**32 or v == 0 and not is_positive for v in numbers):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
             self.args = replace(self.args, **{name: value})
         files = [Path(v) for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]

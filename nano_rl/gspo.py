@@ -10,13 +10,13 @@ Zheng et al. 2025, "Group Sequence Policy Optimization" (arXiv 2507.18071), sect
 r_i is the reward of completion y_i of prompt x_i, |y_i| its tokens, β is --kl-coef, π_ref is π_θ before training.
 
 The reward is one of a whole completion, so its ratio is one, too: s is the |y|-th root of π_θ(y) / π_old(y), near 1 at
-any length. min takes a completion out as a whole, or not at all. As a mean of many log ratios s moves far less than one
-of them, so ε is about a thousandth of GRPO's: the paper's 3e-4 and 4e-4. A large Adam step takes most completions that
-it favours out of that range, and the next update trains the rest: --learning-rate and --clip-coef go together.
+any length. min takes a completion out as a whole, or not at all. log s is a mean of log ratios and moves far less than
+one of them, so ε is some 600 times smaller than GRPO's: the paper's 3e-4 and 4e-4. A large Adam step takes most
+completions out of it, A > 0 above and A < 0 below, and the next trains the rest: --learning-rate and ε go together.
 
 In the first update s is 1 and its gradient 1/|y_i| Σ_t ∇ log π_θ(y_i,t): L has the gradient of GRPO's, at any lengths.
-Later GRPO weighs each token by its own ratio, GSPO all tokens of a completion by s. Without its root s would correct
-for old samples exactly, with a variance that grows with the length; with it, it does not.
+Later GRPO weighs each token by its own ratio, GSPO all tokens of a completion by s. Without its root, and unclipped, s
+would correct for old samples exactly, with a variance that grows with the length; with the root it does not correct.
 
 B prompts a step with G completions of each make N = B·G over all processes, n of them in one process or micro-batch;
 P prompt tokens, T completion tokens, V words of vocabulary. π is at --temperature everywhere.
@@ -30,7 +30,8 @@ P prompt tokens, T completion tokens, V words of vocabulary. π is at --temperat
 Differs from GRPO in (3) and its clip, and from the paper:
     1. The gradient is scaled down to --max-grad-norm before Adam takes its step; 1e-4 is added to std(r).
     2. A completion cut off at --max-new-tokens is scored and trained like any other.
-    3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
+    3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected. In
+       bfloat16 rounding alone moves s by some 1e-3 from update to update, more than ε: there, clip wider.
     4. It leaves the KL out; here it is GRPO's. It splits a batch into four minibatches; here every update has all.
 
 Run: uv run -m nano_rl.gspo
@@ -515,7 +516,8 @@ class Run:
         for name, default in asdict(Args()).items():
             kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp", name)
             value = kind(getattr(self.args, name) or kind())  # a Path is text
-            if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and not is_positive):
+            numbers = [v for v in (value if kind is tuple else [value]) if isinstance(v, int | float)]
+            if not all(0 < v < 2**32 or v == 0 and not is_positive for v in numbers):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
             self.args = replace(self.args, **{name: value})
         files = [Path(v) for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]

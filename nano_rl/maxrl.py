@@ -10,10 +10,10 @@ answer of π_θ is right, reinforcement learning climbs p; maximum likelihood, a
 r_i is the reward of completion y_i of prompt x_i, 0 or 1. A group with r = 1, 0, 0, 0 has A = 3, -1, -1, -1; one with
 equal r has A = 0. Within a group A is RLOO's times (G - 1) / (G r̄).
 
-∇ log p = ∇p Σ_k (1-p)^(k-1). The gradient of L is, on average, that series up to k = G - 1, -∇p (1 - (1-p)^(G-1)) / p
-(exactly, tested): at G = 2 it is ∇p, RLOO's, and with G it goes to ∇ log p. Without the -1 in A the series would go one
-term further, to G, with more variance. A prompt that is solved once in G answers weighs G times as much as one that is
-nearly always solved; one that is not solved at all weighs nothing.
+∇ log p = ∇p Σ_k (1-p)^(k-1). The gradient of -L is, on average, that series up to k = G - 1, ∇p (1 - (1-p)^(G-1)) / p
+(exactly, tested): at G = 2 it is ∇p, RLOO's, and with G it goes to ∇ log p. Without the -1 in A = r_i / r̄ - 1, or with
+it also where all answers are wrong, it would go to k = G, as in the paper's theorem; the paper's algorithm is (2). A
+prompt solved once weighs G - 1 times as much as one failed once; one that is not solved at all weighs nothing.
 
 B prompts a step with G completions of each make N = B·G over all processes, n of them in one process or micro-batch;
 P prompt tokens, T completion tokens, V words of vocabulary. π is at --temperature everywhere.
@@ -32,7 +32,8 @@ Differs from the paper:
     3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
 
 Run: uv run -m nano_rl.sums
-     uv run -m nano_rl.maxrl --prompts runs/sums/train.jsonl --reward-fn nano_rl.sums:correct --max-new-tokens 16
+     uv run -m nano_rl.maxrl --prompts runs/sums/train.jsonl --reward-fn nano_rl.sums:correct --max-new-tokens 32
+         --learning-rate 2e-5
 """
 
 import asyncio
@@ -132,7 +133,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
     args = run.args  # complete; with --resume, those of that run
     num_completions = run.num_processes * args.batch_size  # N
     if args.group_size < 2 or args.batch_size % args.group_size:
-        raise InputError("--group-size must be 2 or more, and divide --batch-size; start with: uv run -m nano_rl.sums")
+        raise InputError("--group-size must be 2 or more and divide --batch-size; try uv run -m nano_rl.sums")
     reward_fn = reward_fn or load_reward_fn(args, run.device)
     policy, ref_policy, tokenizer = load_policy(args, run.device)
     prompts, eval_prompts = load_prompts(args, tokenizer, policy)
@@ -154,7 +155,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         # 2. score
         rewards, _ = score(run, reward_fn, examples, batch, completions)  # (n,)
         if {*rewards.tolist()} - {0, 1}:
-            raise InputError(f"rewards must be 0 or 1, not {rewards.tolist()}; start with: uv run -m nano_rl.sums")
+            raise InputError(f"rewards must be 0 or 1, not {rewards.tolist()}: try uv run -m nano_rl.sums")
 
         # 3. advantages
         advantages = compute_advantages(rewards, args.group_size)  # (n,)
@@ -484,7 +485,8 @@ class Run:
         for name, default in asdict(Args()).items():
             kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp", name)
             value = kind(getattr(self.args, name) or kind())  # a Path is text
-            if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and not is_positive):
+            numbers = [v for v in (value if kind is tuple else [value]) if isinstance(v, int | float)]
+            if not all(0 < v < 2**32 or v == 0 and not is_positive for v in numbers):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
             self.args = replace(self.args, **{name: value})
         files = [Path(v) for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]

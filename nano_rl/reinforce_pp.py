@@ -3,7 +3,7 @@
 Hu et al. 2025, "REINFORCE++" (arXiv 2501.03262, version 9), the variant without groups.
 
     R_i,t = r_i - β Σ_{s≥t} [log π_old(y_i,s) - log π_ref(y_i,s)]    less the KL of the token and of later ones (1)
-    A_i,t = (R_i,t - mean(R)) / std(R)             over all tokens of all N completions                       (2)
+    A_i,t = (R_i,t - mean(R)) / std(R)             over all tokens of all N completions, std with their number (2)
     ρ_i,t = π_θ(y_i,t) / π_old(y_i,t)              π_old is π_θ before the first update of the step           (3)
     L     = -1/N Σ_i 1/|y_i| Σ_t min(ρ_i,t A_i,t, clip(ρ_i,t, 1-ε, 1+ε) A_i,t)                                (4)
 
@@ -13,7 +13,7 @@ completions of one token, r = 1, 0, have A = 1, -1; where all R are equal A = 0.
 GRPO asks how good an answer is among those to the same prompt, and needs several. Here it is compared with the answers
 to all prompts of the batch: a sample is spent on a prompt of its own, but an easy prompt's answers look good. mean(R)
 and std(R) hold y_i too, which biases the gradient; in a large batch hardly, whereas in GRPO the group is always small.
-A token does not pay for the KL of those before it: that does not depend on it.
+1/|y_i| biases it in any batch, as GRPO's. A token does not pay for the KL of those before it: it does not change that.
 
 N completions a step over all processes, each of a prompt of its own, n of them in one process or micro-batch; P prompt
 tokens, T completion tokens, V words of vocabulary. π is at --temperature everywhere.
@@ -24,11 +24,11 @@ tokens, T completion tokens, V words of vocabulary. π is at --temperature every
         3. advantages  A_i,t                                         (1), (2)
         4. update      --num-updates Adam steps down L               (3), (4)
 
-Differs from GRPO: no groups, (1) and (2); and from the paper:
+Differs from GRPO: no groups, (1) and (2), no KL in (4); and from the paper:
     1. The gradient is scaled down to --max-grad-norm before Adam takes its step; 1e-4 is added to std(R).
     2. A completion cut off at --max-new-tokens is scored and trained like any other.
     3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
-    4. π_ref is never renewed.
+    4. π_ref is never renewed. The paper allows several completions of a prompt, too.
 
 Run: uv run -m nano_rl.reinforce_pp
 """
@@ -162,7 +162,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
 
         # 3. advantages
         returns = compute_returns(rewards.float().to(run.device), batch["kl"], args.kl_coef)  # (n, T)
-        batch["advantages"] = compute_advantages(returns, run.gather(returns[batch["mask"].bool()]))  # (n, T)
+        batch["advantages"] = compute_advantages(returns, run.gather(returns[batch["mask"].bool()].double()))  # (n, T)
 
         # 4. update
         del sampler  # which makes room for the gradients
@@ -500,7 +500,8 @@ class Run:
         for name, default in asdict(Args()).items():
             kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp", name)
             value = kind(getattr(self.args, name) or kind())  # a Path is text
-            if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and not is_positive):
+            numbers = [v for v in (value if kind is tuple else [value]) if isinstance(v, int | float)]
+            if not all(0 < v < 2**32 or v == 0 and not is_positive for v in numbers):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
             self.args = replace(self.args, **{name: value})
         files = [Path(v) for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]

@@ -15,11 +15,10 @@ al. 2023, Llama 2, 2307.09288). In (2) the logarithm is taken of the probability
 win: equal texts cost log 2, as in (1). Chen et al. 2026 (2602.12660) learn such a distribution over the words "1" to
 "9". With three labels or more the score is (3), too, the first label being worth 1.
 
-The text that is scored is the prompt, once, and the completion, in the tokenizer's chat template where it has one: the
-same tokens, but of cut texts, as when another file scores with --reward-model. A text with a label is no turn of a
-chat, so --labels saves the tokenizer without its template: prompt and completion are then read one after the other.
-Long answers are often preferred for their length alone: accuracy stands beside that of "the longer is better".
-N rows a step over all processes, n of them in one process or micro-batch; T tokens of a text, d inputs of the head.
+What is scored is the prompt and the completion in the tokenizer's chat template, where it has one: the same tokens, but
+of cut texts, as when another file scores with --reward-model. With --labels a text is no turn of a chat, and the saved
+tokenizer has no template. Accuracy stands beside that of "the longer is better", which people often prefer. N rows a
+step over all processes, n of them in one process or micro-batch; T tokens of a text, d inputs of the head.
 
     for each step:
         1. draw    N rows: each comes once in every pass over the data
@@ -423,7 +422,8 @@ class Run:
         for name, default in asdict(Args()).items():
             kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp", name)
             value = kind(getattr(self.args, name) or kind())  # a Path is text
-            if isinstance(value, int | float) and not (0 < value < 2**32 or value == 0 and not is_positive):
+            numbers = [v for v in (value if kind is tuple else [value]) if isinstance(v, int | float)]
+            if not all(0 < v < 2**32 or v == 0 and not is_positive for v in numbers):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
             self.args = replace(self.args, **{name: value})
         files = [Path(v) for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]

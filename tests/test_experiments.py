@@ -21,7 +21,7 @@ METRICS |= {"eval/accuracy_se": 0.02, "eval/longer_accuracy": 0.65, "eval/loss":
 
 
 @pytest.mark.parametrize(
-    "name", ["ladder", "sweep", "trl", "preferences", "imdb", "arithmetic", "baselines", "brevity"]
+    "name", ["ladder", "sweep", "trl", "preferences", "imdb", "arithmetic", "sums", "baselines", "brevity"]
 )
 def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monkeypatch, capsys):
     for split in ("train", "test"):
@@ -51,6 +51,8 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
     out = capsys.readouterr().out
     if name == "arithmetic":
         assert "| grpo | 0.250 ± 0.000 | 0.000 ± 0.000 | 0.250, 0.250, 0.250 |" in out
+    elif name == "sums":
+        assert "| start | " in out and "| ppo-2e-5 | " in out and "| maxrl-4e-5 | " in out and " | 60 ± 0 |" in out
     else:
         assert "| 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 | +0.250, +0.250, +0.250 | 50 ± 0 |" in out
     if name == "imdb":

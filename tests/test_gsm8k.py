@@ -351,7 +351,9 @@ def write(path: Path, rows: list) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["reinforce", "rloo", "remax", "raft", "grpo", "ppo"])
+@pytest.mark.parametrize(
+    "name", "reinforce rloo remax raft grpo ppo dr_grpo gspo cispo dapo reinforce_pp maxrl".split()
+)
 def test_it_rewards_in_every_file(model, tmp_path, monkeypatch, name):
     """--reward-fn nano_rl.gsm8k:correct --prompts train.jsonl, with completions that are right for one question."""
     file = importlib.import_module(f"nano_rl.{name}")

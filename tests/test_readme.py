@@ -31,6 +31,7 @@ FILES = {
     "reviews.jsonl": [{"text": f"the sea sings {i}", "label": i % 2} for i in range(8)],
     "train.jsonl": [{"question": f"{i} + 1 ?", "answer": f"#### {i + 1}"} for i in range(8)],
     "test.jsonl": [{"question": f"{i} + 1 ?", "answer": f"#### {i + 1}"} for i in range(8)],
+    "runs/sums/train.jsonl": [{"prompt": f"What is {i} plus 1?", "answer": str(i + 1)} for i in range(8)],
 }
 
 
@@ -47,6 +48,7 @@ def test_the_commands_are_found():
 def folder(model, tmp_path_factory) -> Path:
     """What the commands read: their files, the reward function that the README defines, and runs."""
     folder = tmp_path_factory.mktemp("readme")
+    (folder / "runs/sums").mkdir(parents=True)
     for name, rows in FILES.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "my_rewards.py").write_text(re.search(r"```python\n(def .*?)```", README, re.DOTALL)[1])
@@ -83,6 +85,9 @@ def test_a_command_of_the_readme(name, flags, folder, model, tmp_path, monkeypat
 
     given = {name: value for name, value in vars(args).items() if value}
     changes = {name: SMALL[name] for name in small(module)} | {"output_dir": str(tmp_path / "run")}
+    if name == "sums":
+        module.write(replace(args, **changes))
+        return
     if name != "compare":
         changes |= {"model": here(args.model)}
     if "policies" in given:

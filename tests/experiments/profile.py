@@ -7,7 +7,8 @@ Sampling stands apart from the rest, which is training: log-probabilities, backw
 that the profiler gives to its operators themselves. "Python, and between" is what is left: the interpreter and the way
 into an operator. The profiler makes that longer, so the last line has the seconds of the step before, without it.
 "idle" is the part of all cores' time in that step in which they did nothing: without OMP_WAIT_POLICY threads that wait
-look busy. Of the memory the last line is what is left of the process's peak. On a CPU, with nothing else running.
+look busy. The memory is the process's peak before the profiler starts, which keeps what it sees; "a micro-batch, and
+the rest" is what the others leave of it. On a CPU, with nothing else running.
 """
 
 import importlib
@@ -47,12 +48,18 @@ class Args:
     model: str = reinforce.Args.model
 
 
+def peak_memory() -> float:
+    """Of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
 class Profile(Clock):
     """Of a run's three steps the first warms up, the second is timed, the third is profiled."""
 
     def __init__(self) -> None:
         super().__init__()
         self.profile, self.cpu_time = profile(activities=[ProfilerActivity.CPU]), 0.0
+        self.peak = peak_memory()
 
     def wrap(self, name: str, function):
         def recorded(*inputs):
@@ -66,6 +73,7 @@ class Profile(Clock):
         before, self.cpu_time = self.cpu_time, time.process_time()
         self.steps[-1]["idle"] = 1 - (self.cpu_time - before) / seconds / torch.get_num_threads()
         if len(self.steps) == 2:
+            self.peak = peak_memory()
             self.profile.start()
         elif len(self.steps) == 3:
             self.profile.stop()
@@ -99,11 +107,10 @@ def show_time(args: Args, clock: Profile) -> None:
     print(f"\nidle: {plain['idle']:.0%} of the cores' time")
 
 
-def show_memory(run, libraries: float) -> None:
+def show_memory(run, libraries: float, peak: float) -> None:
     parameters, *optimizers = run.parts
     states = [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
     weights, adam = (sum(t.numel() * t.element_size() for t in tensors) / 1e6 for tensors in (parameters, states))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     lives = {"libraries": libraries, "weights": weights, "their gradient": weights, "Adam's two": adam}
     lives |= {"reference": weights}
     lives["a micro-batch, and the rest"] = peak - sum(lives.values())
@@ -113,7 +120,7 @@ def show_memory(run, libraries: float) -> None:
 
 
 def main(args: Args) -> None:
-    libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    libraries = peak_memory()
     file, clock, runs = importlib.import_module(f"nano_rl.{args.algorithm}"), Profile(), []
     start = file.Run.start
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +128,7 @@ def main(args: Args) -> None:
         with mock.patch.object(file.Run, "start", lambda run, *inputs: (runs.append(run), start(run, *inputs))):
             run_nano_rl(job | {"model": args.model}, clock, folder + "/run")
     show_time(args, clock)
-    show_memory(runs[0], libraries)
+    show_memory(runs[0], libraries, clock.peak)
 
 
 if __name__ == "__main__":

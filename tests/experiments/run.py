@@ -6,6 +6,7 @@
     uv run -m tests.experiments.run preferences --data FOLDER    # reward models, and REINFORCE on their scores
     uv run -m tests.experiments.run imdb --data FOLDER           # SFT, a sentiment classifier, RLOO, REINFORCE and PPO
     uv run -m tests.experiments.run arithmetic                   # answers that are right or wrong
+    uv run -m tests.experiments.run sums --seeds 3               # ladder and variants: answers that are right or wrong
     uv run -m tests.experiments.run baselines                    # REINFORCE's four
     uv run -m tests.experiments.run brevity --seeds 0            # the six without a brevity penalty
     uv run -m tests.experiments.run variance                     # of REINFORCE's gradient, with each baseline
@@ -41,18 +42,30 @@ import tyro
 from transformers import AutoModelForCausalLM
 
 from nano_rl import reinforce
+from nano_rl import sums as questions
 from nano_rl.gsm8k import correct, formatted
 
 LADDER = "reinforce rloo remax raft grpo ppo".split()
+VARIANTS = "dr_grpo gspo cispo dapo reinforce_pp maxrl".split()
 BASELINES = "none mean ema scst".split()
 RULES = "correct formatted".split()  # of gsm8k.py
+EXPERIMENTS = (
+    "ladder",
+    "sweep",
+    "trl",
+    "preferences",
+    "imdb",
+    "arithmetic",
+    "sums",
+    "baselines",
+    "brevity",
+    "variance",
+)
 
 
 @dataclass
 class Args:
-    experiment: tyro.conf.Positional[
-        Literal["ladder", "sweep", "trl", "preferences", "imdb", "arithmetic", "baselines", "brevity", "variance"]
-    ]
+    experiment: tyro.conf.Positional[Literal[EXPERIMENTS]]
     data: Path | None = None  # folder of train.jsonl and test.jsonl
     seeds: tuple[int, ...] = (0, 1, 2)
     workers: int = 2  # runs at a time
@@ -257,6 +270,28 @@ def arithmetic(args: Args) -> None:
         cells = [estimate([share[run] for run in runs]) for share in shares]
         rows.append([name, *cells, ", ".join(f"{shares[0][run]:.3f}" for run in runs)])
     show(["policy", "accuracy", "formatted", "accuracy of each seed"], rows)
+
+
+def sums(args: Args) -> None:
+    """The ladder at one learning rate, the variants at two: the share right of 128 unseen questions, greedily."""
+    learn, test = questions.write(questions.Args(output_dir=str(args.output_dir)))
+    task = f"--prompts {learn} --reward-fn nano_rl.sums:correct --max-new-tokens 32 --eval-every 0"
+    files = {"2e-5": LADDER + VARIANTS, "4e-5": VARIANTS}  # by the learning rate
+    jobs = {f"{file}-{rate}": f"{file} {task} --learning-rate {rate}" for rate in files for file in files[rate]}
+    train_seeds(args, jobs)
+    names = [f"{name}-{seed}" for name in jobs for seed in args.seeds]
+    ask = f"nano_rl.compare --prompts {test} --all-prompts --reward-fn nano_rl.sums:correct --temperature 0"
+    ask += " --num-samples 1 --max-new-tokens 32 --batch-size 64 --policies"
+    policies = {"start": reinforce.Args.model} | {name: args.output_dir / name / "policy" for name in names}
+    run(args, {f"test-{n}": f"{ask} {path} --output-dir {args.output_dir}/test-{n}" for n, path in policies.items()})
+    tests = {n: json.loads((args.output_dir / f"test-{n}/comparison.json").read_text())["table"] for n in policies}
+    right = {n: next(iter(table["reward"].values()))["mean"] for n, table in tests.items()}
+    rows = [["start", f"{right['start']:.3f}", ""]]
+    for name in jobs:
+        costs = [json.loads((args.output_dir / f"{name}-{seed}.json").read_text()) for seed in args.seeds]
+        seconds = estimate([cost["seconds"] for cost in costs], 0)
+        rows.append([name, estimate([right[f"{name}-{seed}"] for seed in args.seeds]), seconds])
+    show(["file and rate", "right, of 128", "seconds"], rows)
 
 
 def baselines(args: Args) -> None:
