@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -173,6 +174,7 @@ def test_a_reward_function_by_name(model, tmp_path, monkeypatch):
         "def length(prompts, completions, **columns): return list(map(len, completions))"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
     args = reinforce.Args(model=model, output_dir=str(tmp_path / "run"), reward_fn="my_rewards:length", **TINY)
     assert read(reinforce.train(args))[1]["reward"] > 1
 
