@@ -191,8 +191,8 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
                 old_logprobs = part.setdefault("old_logprobs", logprobs.detach())  # kept from the first update
                 ratio = compute_ratio(logprobs, old_logprobs)  # (n, T)
                 kl = compute_kl(logprobs, part.get("ref_logprobs", logprobs.detach()))  # (n, T), 0 where β is 0
-                coefs = args.clip_coef, args.kl_coef
-                loss = compute_loss(ratio, logprobs, kl, part["advantages"], mask, *coefs, num_tokens)
+                advantage = part["advantages"]  # (n,)
+                loss = compute_loss(ratio, logprobs, kl, advantage, mask, args.clip_coef, args.kl_coef, num_tokens)
                 loss.backward()
                 is_clipped = ratio > 1 + args.clip_coef  # (n, T)
                 logged.append(torch.stack([ratio, is_clipped, kl]).detach()[:, mask.bool()])  # (3, tokens)

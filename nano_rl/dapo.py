@@ -213,7 +213,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
                 loss = compute_loss(ratio, part["advantages"], mask, args.clip_coef, num_tokens)
                 loss.backward()
                 sign = part["advantages"].sign()[:, None]  # (n, 1)
-                is_clipped = (ratio - 1) * sign > torch.where(sign < 0, *args.clip_coef)  # (n, T)
+                is_clipped = (ratio - 1) * sign > torch.where(sign < 0, args.clip_coef[0], args.clip_coef[1])  # (n, T)
                 logged.append(torch.stack([ratio, is_clipped]).detach()[:, mask.bool()])  # (2, tokens)
             grad_norms.append(run.sum_and_clip_gradients(parameters, args.max_grad_norm))
             optimizer.step()

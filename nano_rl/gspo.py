@@ -194,7 +194,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
                 loss = compute_loss(ratio, kl, part["advantages"], mask, args.clip_coef, args.kl_coef, num_completions)
                 loss.backward()
                 sign = part["advantages"].sign()[:, None]  # (n, 1)
-                is_clipped = (ratio - 1) * sign > torch.where(sign < 0, *args.clip_coef)  # (n, T)
+                is_clipped = (ratio - 1) * sign > torch.where(sign < 0, args.clip_coef[0], args.clip_coef[1])  # (n, T)
                 logged.append(torch.stack([ratio, is_clipped, kl]).detach()[:, mask.bool()])  # (3, tokens)
             grad_norms.append(run.sum_and_clip_gradients(parameters, args.max_grad_norm))
             optimizer.step()

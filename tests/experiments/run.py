@@ -49,18 +49,7 @@ LADDER = "reinforce rloo remax raft grpo ppo".split()
 VARIANTS = "dr_grpo gspo cispo dapo reinforce_pp maxrl".split()
 BASELINES = "none mean ema scst".split()
 RULES = "correct formatted".split()  # of gsm8k.py
-EXPERIMENTS = (
-    "ladder",
-    "sweep",
-    "trl",
-    "preferences",
-    "imdb",
-    "arithmetic",
-    "sums",
-    "baselines",
-    "brevity",
-    "variance",
-)
+EXPERIMENTS = tuple("ladder sweep trl preferences imdb arithmetic sums baselines brevity variance".split())
 
 
 @dataclass
