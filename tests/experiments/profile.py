@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -42,7 +43,7 @@ REST = "Python, and between"
 
 @dataclass
 class Args:
-    algorithm: str = "rloo"
+    algorithm: Literal["reinforce", "rloo", "raft", "grpo"] = "rloo"  # which sample once a step, and train one model
     completions: int = 16
     length: int = 64
     model: str = reinforce.Args.model
