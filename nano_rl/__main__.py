@@ -8,7 +8,7 @@ FILES = {  # in the order to read them
     "Lessons": "reinforce rloo remax raft grpo ppo",
     "Variants": "dr_grpo gspo cispo dapo reinforce_pp maxrl",
     "Before them": "sft reward_model",
-    "Rewards": "gsm8k sums",
+    "Rewards": "gsm8k sums judge",
     "Tools": "compare",
 }
 

@@ -50,5 +50,6 @@ def test_the_profile(model, capsys):
         kinds = [float(rows[kind][column]) for kind in (*profile.KINDS, profile.REST)]
         assert min(kinds) >= 0 and sum(kinds) == pytest.approx(float(rows["together"][column]), abs=0.06)
         assert float(rows["without the profiler"][column]) > 0
-    sizes = [int(row[0]) for row in rows.values() if len(row) == 1 and row[0].isdigit()]
-    assert len(sizes) == 7 and sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=6) and sizes[0] > 100
+    parts = "libraries", "weights", "their gradient", "Adam's two", "reference", "a micro-batch, and the rest"
+    sizes = [int(rows[part][0]) for part in parts]  # the rest may be -0 here: tests before this one made the peak
+    assert sum(sizes) == pytest.approx(int(rows["the process"][0]), abs=6) and sizes[0] > 100

@@ -21,7 +21,7 @@ METRICS |= {"eval/accuracy_se": 0.02, "eval/longer_accuracy": 0.65, "eval/loss":
 
 
 @pytest.mark.parametrize(
-    "name", ["ladder", "sweep", "trl", "preferences", "imdb", "arithmetic", "sums", "baselines", "brevity"]
+    "name", ["ladder", "sweep", "trl", "preferences", "imdb", "arithmetic", "sums", "judge", "baselines", "brevity"]
 )
 def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monkeypatch, capsys):
     for split in ("train", "test"):
@@ -40,13 +40,15 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert str(folder) not in written
         written.update(map(str, (folder, folder / "policy", folder / "reward_model")))
         run.write(folder / "metrics.jsonl", [METRICS | {"eval/reward": 0.25}, METRICS])
-        row = {"split": "held_out", "reward": 1.0}
-        run.write(folder / "completions.jsonl", [row | {"step": 0, "reward": -1.0}, row | {"step": 12}])
+        row = {"split": "held_out", "reward": 1.0, "prompt": "a", "completion": "b c"}
+        run.write(folder / "completions.jsonl", [row | {"step": 0, "reward": -1.0}] * 4 + [row | {"step": 12}] * 4)
         policies = dict.fromkeys(range(len(parsed.get("policies", ()))), {"mean": 0.25 * (len(written) % 2)})
         (folder / "comparison.json").write_text(json.dumps({"table": {"reward": policies}}))
         Path(f"{folder}.json").write_text('{"seconds": 60, "memory": 4}')
 
     monkeypatch.setattr(run, "run_job", pretend)
+    monkeypatch.setattr(run.judges, "score", lambda prompts, completions: [len(text) + 1.0 for text in completions])
+    monkeypatch.setattr(run.judges, "yes", lambda prompts, completions: [0.5 for _ in completions])
     run.main(run.Args(name, data=tmp_path / "data", output_dir=tmp_path / "out", workers=1))
     out = capsys.readouterr().out
     if name == "arithmetic":
@@ -55,6 +57,8 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert "| start | " in out and "| ppo-2e-5 | " in out and "| maxrl-4e-5 | " in out and " | 60 ± 0 |" in out
     else:
         assert "| 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 | +0.250, +0.250, +0.250 | 50 ± 0 |" in out
+    if name == "judge":
+        assert "| nothing | 1.000 ± 0.000 | -3.000 ± 0.000 | 0.500 ± 0.000 | 0.000 ± 0.000 |" in out
     if name == "imdb":
         assert "| ppo | 0.000 ± 0.000 | 1.000 ± 0.000 | 0.250 ± 0.000 |" in out
 

@@ -31,7 +31,9 @@ def test_the_lock_pins_versions_and_names_no_index():
     assert 'name = "torch"\nversion = ' in lock
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.stem != "compare"], ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if file.stem not in ("compare", "judge")], ids=lambda file: file.stem
+)
 def test_a_lesson_stands_alone(file):
     """A tool may import from nano_rl."""
     source = file.read_text()
@@ -133,14 +135,14 @@ def test_what_the_two_files_before_rl_share():
 
 
 @pytest.mark.parametrize(
-    "name, most", [("compare", 330), ("gsm8k", 150), ("sums", 80), ("sft", 440), ("reward_model", 560)]
+    "name, most", [("compare", 330), ("gsm8k", 150), ("sums", 80), ("judge", 120), ("sft", 440), ("reward_model", 560)]
 )
 def test_the_budgets_of_the_others(name, most):
     assert (ROOT / "nano_rl" / f"{name}.py").read_text().count("\n") <= most
 
 
 @pytest.mark.parametrize(
-    "file", [file for file in FILES if file.stem not in ("gsm8k", "sums")], ids=lambda file: file.stem
+    "file", [file for file in FILES if file.stem not in ("gsm8k", "sums", "judge")], ids=lambda file: file.stem
 )
 def test_help_fits_a_terminal_and_shows_defaults(file, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")

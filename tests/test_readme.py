@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import tyro
-from tiny import save_policy, save_reward_model
+from tiny import llama_config, make_byte_tokenizer, save_policy, save_reward_model
 
 import nano_rl.reinforce as reinforce
 
@@ -54,6 +54,8 @@ def folder(model, tmp_path_factory) -> Path:
     (folder / "my_rewards.py").write_text(re.search(r"```python\n(def .*?)```", README, re.DOTALL)[1])
     save_reward_model(folder / "runs/score/reward_model")
     save_reward_model(folder / "runs/scores/reward_model", num_labels=10)
+    judge = make_byte_tokenizer()
+    save_policy(folder / "runs/judge", llama_config(len(judge), max_position_embeddings=512), judge)
     for name in "ppo", "gsm8k":
         save_policy(folder / f"runs/{name}/policy")
     run = str(folder / "runs/now-reinforce")
@@ -68,6 +70,7 @@ def small(module) -> set[str]:
 @pytest.mark.parametrize("name, flags", COMMANDS, ids=lambda words: words)
 def test_a_command_of_the_readme(name, flags, folder, model, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("JUDGE_MODEL", "runs/judge")
     monkeypatch.syspath_prepend(folder)  # as `python -m` does
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
     module = importlib.import_module(f"nano_rl.{name}")

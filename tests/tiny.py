@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 from accelerate.state import AcceleratorState
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -38,6 +38,19 @@ def make_tokenizer(pad: str | None = "<pad>", eos: str | None = "<eos>", chat: b
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = {"pad_token": pad, "eos_token": eos, "unk_token": "<unk>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{k: v for k, v in named.items() if v})
+    fast.chat_template = CHAT_TEMPLATE if chat else None
+    return fast
+
+
+def make_byte_tokenizer(words: tuple[str, ...] = ("Yes", "No"), chat: bool = True) -> PreTrainedTokenizerFast:
+    """Of bytes, but for these words, which are one token each: as the large ones, it can read and write all texts."""
+    begins = [word[:length] for word in words for length in range(2, len(word) + 1)]
+    vocabulary = ["<pad>", "<eos>", "<user>", "<assistant>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *begins]
+    merges = [(begin[:-1], begin[-1]) for begin in begins]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(vocabulary[:4])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     fast.chat_template = CHAT_TEMPLATE if chat else None
     return fast
 
