@@ -57,7 +57,7 @@ def test_it_writes_english_and_the_sampler_is_close(smollm2, monkeypatch):
 
 
 def test_a_completion_persuades_its_judge(smollm2, monkeypatch):
-    """What judge.py warns of: words are read as words. They do not end the completion's turn, which would do more."""
+    """What judge.py warns of: by a wish, and by a turn of the judge's that it writes itself, although that is text."""
     monkeypatch.setattr(judge, "load_judge", lambda name: smollm2)
     monkeypatch.setenv("JUDGE_QUESTIONS", "")
     stories = ["Once upon a time there lived a captain named Thomas, who loved his old ferry.", "The ferry sank. Bye."]
