@@ -11,7 +11,9 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> str:
-    """The folder of a tiny random policy."""
+    """The folder of a tiny random policy; beside it stands another, `teacher`."""
     from tiny import save_policy  # torch takes seconds, and what starts the workers needs none
 
-    return save_policy(tmp_path_factory.mktemp("model") / "llama")
+    folder = tmp_path_factory.mktemp("model")
+    save_policy(folder / "teacher", seed=5)
+    return save_policy(folder / "llama")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from tiny import make_tokenizer
 from transformers import TrainerState
 
 from nano_rl import compare, rloo
@@ -17,11 +18,12 @@ ROWS = {
     "preferences": [{"prompt": f"write {i}", "chosen": "a", "rejected": "b"} for i in range(130)],
 }
 METRICS = {"eval/reward": 0.5, "eval/words": 50.0, "eval/kl": 0.1, "eval/ref_logprob": -1.0, "eval/accuracy": 0.7}
-METRICS |= {"eval/accuracy_se": 0.02, "eval/longer_accuracy": 0.65, "eval/loss": 0.6}
+METRICS |= {"eval/accuracy_se": 0.02, "eval/longer_accuracy": 0.65, "eval/loss": 0.6, "completions/mean_length": 9.0}
 
 
 @pytest.mark.parametrize(
-    "name", ["ladder", "sweep", "trl", "preferences", "imdb", "arithmetic", "sums", "judge", "baselines", "brevity"]
+    "name",
+    ["ladder", "sweep", "trl", "preferences", "imdb", "arithmetic", "sums", "distill", "judge", "baselines", "brevity"],
 )
 def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monkeypatch, capsys):
     for split in ("train", "test"):
@@ -39,20 +41,27 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         folder = Path(parsed["output_dir"])
         assert str(folder) not in written
         written.update(map(str, (folder, folder / "policy", folder / "reward_model")))
-        run.write(folder / "metrics.jsonl", [METRICS | {"eval/reward": 0.25}, METRICS])
+        steps = {0: {"eval/reward": 0.25}, 5: {"eval/reward": 0.375}, 10: {}}
+        run.write(folder / "metrics.jsonl", [METRICS | row | {"step": step} for step, row in steps.items()])
         row = {"split": "held_out", "reward": 1.0, "prompt": "a", "completion": "b c"}
         run.write(folder / "completions.jsonl", [row | {"step": 0, "reward": -1.0}] * 4 + [row | {"step": 12}] * 4)
         policies = dict.fromkeys(range(len(parsed.get("policies", ()))), {"mean": 0.25 * (len(written) % 2)})
+        if "policies" in parsed:
+            run.write(folder / "completions.jsonl", [{"prompt": "a", "A": {"completion": "b c"}}])
         (folder / "comparison.json").write_text(json.dumps({"table": {"reward": policies}}))
         Path(f"{folder}.json").write_text('{"seconds": 60, "memory": 4}')
 
     monkeypatch.setattr(run, "run_job", pretend)
+    monkeypatch.setattr(run.AutoTokenizer, "from_pretrained", lambda _: make_tokenizer())
     monkeypatch.setattr(run.judges, "score", lambda prompts, completions: [len(text) + 1.0 for text in completions])
     monkeypatch.setattr(run.judges, "yes", lambda prompts, completions: [0.5 for _ in completions])
     run.main(run.Args(name, data=tmp_path / "data", output_dir=tmp_path / "out", workers=1))
     out = capsys.readouterr().out
     if name == "arithmetic":
         assert "| grpo | 0.250 ± 0.000 | 0.000 ± 0.000 | 0.250, 0.250, 0.250 |" in out
+    elif name == "distill":
+        assert "| whole, 5 steps | 288 ± 0 | 0.375 ± 0.000 |" in out  # two steps of 16 completions of 9 tokens
+        assert "| grpo, 10 steps | 288 ± 0 | 0.500 ± 0.000 |" in out and "| sft, 10 steps | 480 ± 0 | 0." in out
     elif name == "sums":
         assert "| start | " in out and "| ppo-2e-5 | " in out and "| maxrl-4e-5 | " in out and " | 60 ± 0 |" in out
     else:

@@ -352,7 +352,7 @@ def write(path: Path, rows: list) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", "reinforce rloo remax raft grpo ppo dr_grpo gspo cispo dapo reinforce_pp maxrl".split()
+    "name", "reinforce rloo remax raft grpo ppo dr_grpo gspo cispo dapo reinforce_pp maxrl distill".split()
 )
 def test_it_rewards_in_every_file(model, tmp_path, monkeypatch, name):
     """--reward-fn nano_rl.gsm8k:correct --prompts train.jsonl, with completions that are right for one question."""
@@ -361,6 +361,7 @@ def test_it_rewards_in_every_file(model, tmp_path, monkeypatch, name):
     monkeypatch.setattr(file, "sample", lambda *i, **o: (sample(*i, **o)[0], ["It is 3."] * len(i[2])))
     flags = ["--reward-fn", "nano_rl.gsm8k:correct", "--prompts", write(tmp_path / "train.jsonl", ROWS)]
     sizes = "--batch-size 8 --num-steps 2 --max-new-tokens 4 --eval-every 0".split()
+    flags += ["--teacher", model] if name == "distill" else []
     args = file.tyro.cli(file.Args, args=[*flags, *sizes, "--model", model, "--output-dir", str(tmp_path / "run")])
     rows = (file.train(args) / "completions.jsonl").read_text().splitlines()
     rewards = {(row["prompt"], row["reward"]) for row in map(json.loads, rows)}

@@ -42,7 +42,7 @@ def test_a_lesson_stands_alone(file):
 
 # How many lines may stand above a file's banner, and how many of them may differ from its neighbour's, docstring aside.
 ABOVE = {"reinforce": 210, "rloo": 195, "remax": 195, "raft": 195, "grpo": 225, "ppo": 305}
-ABOVE |= {"dr_grpo": 225, "gspo": 225, "cispo": 225, "dapo": 260, "reinforce_pp": 225, "maxrl": 195}
+ABOVE |= {"dr_grpo": 225, "gspo": 225, "cispo": 225, "dapo": 260, "reinforce_pp": 225, "maxrl": 195, "distill": 210}
 DIFFS = {
     ("reinforce", "rloo"): 55,
     ("rloo", "remax"): 40,
@@ -55,6 +55,7 @@ DIFFS = {
     ("grpo", "dapo"): 90,
     ("grpo", "reinforce_pp"): 45,
     ("rloo", "maxrl"): 15,
+    ("reinforce", "distill"): 60,
 }
 
 

@@ -152,6 +152,8 @@ def test_it_is_a_reward_in_every_file(file, name, model, tmp_path):
     if file == "compare":
         module.main(compare.Args(policies=(model,), num_samples=1, **options))
         return
+    if file == "distill":
+        options["teacher"] = model
     args = module.Args(model=model, batch_size=8, num_steps=1, **options)
     if file == "maxrl":
         with pytest.raises(module.InputError, match="rewards must be 0 or 1"):

@@ -15,12 +15,12 @@ import torch
 from test_run import TINY, divided, flags, read, same, weights
 from tiny import all_completions, as_batch, exact_logprobs, float64, fork, gradient, llama_config, make_policy, start
 
-from nano_rl import cispo, dapo, dr_grpo, grpo, gspo, maxrl, reinforce_pp, rloo, sums
+from nano_rl import cispo, dapo, distill, dr_grpo, grpo, gspo, maxrl, reinforce_pp, rloo, sums
 
 VARIANTS = [dr_grpo, gspo, cispo, dapo, reinforce_pp, maxrl]
 GROUPED = [dr_grpo, gspo, cispo, dapo]  # GRPO's
 PROMPT, COMPLETIONS = [2, 4], all_completions(5, 2, {1})  # 21, of one token or two
-by_file = pytest.mark.parametrize("file", VARIANTS, ids=lambda file: file.__name__[8:])
+by_run = pytest.mark.parametrize("file", [*VARIANTS, distill], ids=lambda file: file.__name__[8:])
 
 
 class World:
@@ -287,12 +287,17 @@ def every_other(completions, **_) -> list[float]:
     return [float(i % 2) for i in range(len(completions))]
 
 
+def flags_of(file, model: str, **args) -> dict:
+    """Those of `args` that the file has, beside a tiny run's."""
+    args = TINY | {"model": model, "teacher": str(Path(model).with_name("teacher")), "kl_coef": 0.1} | args
+    return {name: value for name, value in args.items() if hasattr(file.Args, name)}
+
+
 def train(file, model, folder: Path, reward_fn=reward, **args) -> Path:
-    args = TINY | {"model": model, "output_dir": str(folder), "kl_coef": 0.1} | args
-    return file.train(file.Args(**{name: value for name, value in args.items() if hasattr(file.Args, name)}), reward_fn)
+    return file.train(file.Args(**flags_of(file, model, output_dir=str(folder), **args)), reward_fn)
 
 
-@by_file
+@by_run
 def test_micro_batches_do_not_change_a_run(model, tmp_path, monkeypatch, file):
     """Nor the constant, nor the number of tokens, nor the moments (pitfall 28)."""
     monkeypatch.setattr(file, "has_bfloat16", lambda device: False)  # whose rounding depends on the batch
@@ -304,14 +309,13 @@ def test_micro_batches_do_not_change_a_run(model, tmp_path, monkeypatch, file):
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4) and a["grad_norm"] > 0
 
 
-@by_file
+@by_run
 def test_two_processes_are_one_with_the_doubled_batch(model, tmp_path, monkeypatch, file):
     """In gradients and metrics; the second process has nothing to gain in the first step. The learning rate is small,
     as Adam makes steps of its full size of gradients that are 0 but for rounding: at 1e-3 CISPO's fourth update differs
     by 3e-5, and its first by 6e-8."""
-    args = TINY | {"num_steps": 2, "eval_every": 1, "model": model, "kl_coef": 0.1, "learning_rate": 1e-4}
-    args |= {"num_rounds": 1}  # another round would be of other prompts
-    args = {name: value for name, value in args.items() if hasattr(file.Args, name)}
+    args = flags_of(file, model, num_steps=2, eval_every=1, learning_rate=1e-4)
+    args |= {"num_rounds": 1} if file is dapo else {}  # another round would be of other prompts
     if file is maxrl:
         score = file.score  # that test's rewards, rounded
         monkeypatch.setattr(file, "score", lambda *inputs: [(part > 0.5).to(part) for part in score(*inputs)])
@@ -336,7 +340,7 @@ def train_and_die(file, model: str, folder: Path) -> None:
     train(file, model, folder, num_steps=4, save_minutes=0)
 
 
-@by_file
+@by_run
 def test_a_killed_run_goes_on_to_the_same_bits(model, tmp_path, file):
     straight = train(file, model, tmp_path / "straight", num_steps=4, save_minutes=0)
     killed = fork(train_and_die, file, model, tmp_path / "killed")
@@ -348,19 +352,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(model, tmp_path, file):
     assert same(weights(tmp_path / "killed"), weights(straight))
 
 
-@by_file
+@by_run
 def test_adapters_are_trained_and_merged(model, tmp_path, file):
     folder = train(file, model, tmp_path / "run", every_other, lora_rank=2, learning_rate=0.02, num_steps=2)
     start = grpo.transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert read(folder)[2]["grad_norm"] > 0 and not same(weights(folder), start)
 
 
-@by_file
+@by_run
 def test_a_copied_file_trains(model, tmp_path, file):
     """Alone in an empty folder, without this project on the path."""
     copied = Path(shutil.copy(file.__file__, tmp_path))
     (tmp_path / "probe.py").write_text("def reward(completions, **_):\n    return [len(c) % 2 for c in completions]\n")
-    done = start(tmp_path, copied, *flags(model=model, reward_fn="probe:reward", output_dir="run", **TINY))
+    done = start(
+        tmp_path, copied, *flags(**flags_of(file, model, reward_fn="probe:reward", output_dir="run", kl_coef=0.0))
+    )
     assert done.returncode == 0, done.stderr
     rows = read(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and (tmp_path / "run/policy").is_dir()

@@ -7,6 +7,7 @@
     uv run -m tests.experiments.run imdb --data FOLDER           # SFT, a sentiment classifier, RLOO, REINFORCE and PPO
     uv run -m tests.experiments.run arithmetic                   # answers that are right or wrong
     uv run -m tests.experiments.run sums --seeds 3               # ladder and variants: answers that are right or wrong
+    uv run -m tests.experiments.run distill                      # a student beside GRPO, and beside SFT on the teacher
     uv run -m tests.experiments.run judge --seeds 0              # a language model as reward, and what it prefers
     uv run -m tests.experiments.run baselines                    # REINFORCE's four
     uv run -m tests.experiments.run brevity --seeds 0            # the six without a brevity penalty
@@ -40,7 +41,7 @@ from typing import Literal
 
 import torch
 import tyro
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nano_rl import judge as judges
 from nano_rl import reinforce
@@ -51,7 +52,9 @@ LADDER = "reinforce rloo remax raft grpo ppo".split()
 VARIANTS = "dr_grpo gspo cispo dapo reinforce_pp maxrl".split()
 BASELINES = "none mean ema scst".split()
 RULES = "correct formatted".split()  # of gsm8k.py
-EXPERIMENTS = tuple("ladder sweep trl preferences imdb arithmetic sums judge baselines brevity variance".split())
+EXPERIMENTS = tuple(
+    "ladder sweep trl preferences imdb arithmetic sums distill judge baselines brevity variance".split()
+)
 
 
 @dataclass
@@ -283,6 +286,49 @@ def sums(args: Args) -> None:
         seconds = estimate([cost["seconds"] for cost in costs], 0)
         rows.append([name, estimate([right[f"{name}-{seed}"] for seed in args.seeds]), seconds])
     show(["file and rate", "right, of 128", "seconds"], rows)
+
+
+def distill(args: Args) -> None:
+    """The share that the students of a teacher, which GRPO made, get right, over the tokens that were sampled."""
+    learn, test = questions.write(questions.Args(output_dir=str(args.output_dir)))
+    learning = f"--prompts {learn} --reward-fn nano_rl.sums:correct --max-new-tokens 32 --learning-rate 2e-5"
+    train(args, {"teacher": f"grpo {learning} --num-steps 20 --eval-every 0 --seed 3"})
+    teacher = args.output_dir / "teacher/policy"
+    task = f"{learning} --num-steps 10 --eval-every 5 --eval-prompts {test}"
+    jobs = {name: f"distill {task} --teacher {teacher}" for name in ("tokens", "whole")}
+    jobs["whole"] += " --reward-to-go"
+    train_seeds(args, jobs | {"grpo": f"grpo {task}"})
+
+    ask = "nano_rl.compare --all-prompts --max-new-tokens 32 --reward-fn nano_rl.sums:correct"
+    answer = f"{ask} --policies {teacher} --prompts {learn} --num-samples 2 --output-dir {args.output_dir}/answers"
+    run(args, {f"answers-{seed}": f"{answer}-{seed} --seed {seed}" for seed in args.seeds})
+    tokenizer, tokens, students = AutoTokenizer.from_pretrained(teacher), {}, {"teacher": teacher}
+    for seed in args.seeds:
+        rows = read(args.output_dir / f"answers-{seed}/completions.jsonl")
+        rows = [{"prompt": row["prompt"], "completion": row["A"]["completion"]} for row in rows]
+        data = write(args.output_dir / f"answers-{seed}.jsonl", rows)
+        tokens[seed] = mean(len(tokenizer(row["completion"])["input_ids"]) + 1 for row in rows)  # 1: the stop
+        sft = {f"sft-{steps}-{seed}": f"sft --data {data} --num-steps {steps} --seed {seed}" for steps in (5, 10)}
+        train(args, sft)
+        students |= {name: args.output_dir / name / "policy" for name in sft}
+    one = f"{ask} --prompts {test} --num-samples 1 --policies"  # as an evaluation in a run does
+    run(args, {f"test-{n}": f"{one} {path} --output-dir {args.output_dir}/test-{n}" for n, path in students.items()})
+    tests = {n: json.loads((args.output_dir / f"test-{n}/comparison.json").read_text())["table"] for n in students}
+    right = {n: next(iter(table["reward"].values()))["mean"] for n, table in tests.items()}
+
+    rows = [["the teacher", "", f"{right['teacher']:.3f}"]]
+    for name in [*jobs, "grpo"]:
+        metrics = [read(args.output_dir / f"{name}-{seed}/metrics.jsonl") for seed in args.seeds]
+        for step in (0, 5, 10):
+            sampled = [16 * sum(row["completions/mean_length"] for row in rows[1 : step + 1]) for rows in metrics]
+            shares = [row["eval/reward"] for rows in metrics for row in rows if row["step"] == step]
+            rows.append([f"{name}, {step} steps", estimate(sampled, 0), estimate(shares)])
+    for steps in (5, 10):
+        sampled = [16 * steps * tokens[seed] for seed in args.seeds]
+        rows.append(
+            [f"sft, {steps} steps", estimate(sampled, 0), estimate([right[f"sft-{steps}-{s}"] for s in args.seeds])]
+        )
+    show(["student", "sampled tokens", f"right, of {len(read(test))}"], rows)
 
 
 def spoil(stories: list[str], words: random.Random) -> dict[str, list[str]]:
