@@ -43,8 +43,9 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         written.update(map(str, (folder, folder / "policy", folder / "reward_model")))
         steps = {0: {"eval/reward": 0.25}, 5: {"eval/reward": 0.375}, 10: {}}
         run.write(folder / "metrics.jsonl", [METRICS | row | {"step": step} for step, row in steps.items()])
-        row = {"split": "held_out", "reward": 1.0, "prompt": "a", "completion": "b c"}
-        run.write(folder / "completions.jsonl", [row | {"step": 0, "reward": -1.0}] * 4 + [row | {"step": 12}] * 4)
+        row = {"split": "held_out", "completion": "b c"}
+        evaluations = [row | {"step": step, "reward": step - 1.0, "prompt": p} for step in (0, 12) for p in "aabb"]
+        run.write(folder / "completions.jsonl", evaluations)
         policies = dict.fromkeys(range(len(parsed.get("policies", ()))), {"mean": 0.25 * (len(written) % 2)})
         if "policies" in parsed:
             run.write(folder / "completions.jsonl", [{"prompt": "a", "A": {"completion": "b c"}}])

@@ -336,6 +336,7 @@ def spoil(stories: list[str], words: random.Random) -> dict[str, list[str]]:
     shuffled = [" ".join(words.sample(story.split(), len(story.split()))) for story in stories]
     return {
         "as they are": stories,
+        "in one line": [" ".join(story.split()) for story in stories],
         "their words in another order": shuffled,
         "of another topic": stories[-4:] + stories[:-4],  # an evaluation has four of each
         "nothing": [""] * len(stories),
@@ -346,6 +347,7 @@ def spoil(stories: list[str], words: random.Random) -> dict[str, list[str]]:
 
 def judge(args: Args) -> None:
     """RLOO with SmolLM2 as the judge of its stories; and of the start's, spoiled."""
+    os.environ |= {"JUDGE_MODEL": "", "JUDGE_QUESTIONS": ""}  # the file's own, whatever .env says
     train_seeds(args, {"rloo": "rloo --reward-fn nano_rl.judge:score"})
     show(["file", *LEARNING], [["rloo", *learning(args, "rloo")]])
     lines = read(args.output_dir / f"rloo-{args.seeds[0]}/completions.jsonl")
@@ -359,6 +361,7 @@ def judge(args: Args) -> None:
         cells = []
         for function in (judges.score, judges.yes):
             scores = function(prompts, texts)
+            scores = [mean(s for s, p in zip(scores, prompts) if p == prompt) for prompt in dict.fromkeys(prompts)]
             before.setdefault(function, scores)
             differences = [score - first for score, first in zip(scores, before[function])]
             cells += [estimate(scores), estimate(differences)]
