@@ -7,7 +7,7 @@ from pathlib import Path
 FILES = {  # in the order to read them
     "Lessons": "reinforce rloo remax raft grpo ppo",
     "Variants": "dr_grpo gspo cispo dapo reinforce_pp maxrl",
-    "Neighbours": "distill",
+    "Neighbours": "distill multi_turn",
     "Before them": "sft reward_model",
     "Rewards": "gsm8k sums judge",
     "Tools": "compare",

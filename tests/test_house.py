@@ -100,6 +100,16 @@ def test_what_a_lesson_leaves_out(name):
     assert not {"compute_advantages", "compute_loss", "compute_logprobs"} & set(re.findall(r"\w+", ast.unparse(run)))
 
 
+def test_several_turns_in_one_file():
+    """The lesson, the environments and what several turns need, each in its place; below, the ladder's text."""
+    above, below = above_and_below("multi_turn")
+    lesson, _, rest = above.partition("# ---- Environments ")
+    environments, _, turns = rest.partition("# ---- Several turns ")
+    assert below == above_and_below("reinforce")[1] and turns.count("\n") > 100
+    assert lesson.count("\n") <= 270 and environments.count("\n") <= 120
+    assert len(lesson) / lesson.count("\n") <= 60, "characters a line, on average"
+
+
 def test_same_copies_what_stands_below_the_banner(tmp_path):
     for name in ABOVE:
         shutil.copy(ROOT / "nano_rl" / f"{name}.py", tmp_path)

