@@ -3,40 +3,41 @@
 Agarwal et al. 2023 (GKD, arXiv 2306.13649) teach a model on its own samples, so that it learns from where its mistakes
 lead it; Gu et al. 2023 (MiniLLM, arXiv 2306.08543) by policy gradient. π_T is the teacher, y is sampled from π_θ:
 
-    k_i,t = log π_θ(y_i,t) - log π_T(y_i,t)              on average the KL(π_θ ‖ π_T) of the next token       (1)
-    c_i,t = k_i,t  or, with --reward-to-go, Σ_{s≥t} k_i,s        what a token costs                           (2)
-    A_i,t = 1/(N-1) Σ_{j≠i} c_j,t - c_i,t                advantage over the others at the same place          (3)
-    L     = -1/N Σ_i Σ_t A_i,t log π_θ(y_i,t)            loss; A is a constant in it                          (4)
+    k_i,t = log π_θ(y_i,t) - log π_T(y_i,t)                      on average KL(π_θ ‖ π_T) of the next token   (1)
+    A_i,t = -k_i,t  or, with --reward-to-go, -Σ_{s≥t} k_i,s      advantage                                    (2)
+    L     = -1/N Σ_i Σ_t A_i,t log π_θ(y_i,t)                    loss; A is a constant in it                  (3)
 
-k holds θ, yet its own gradient adds nothing on average: E[∇ log π_θ(y)] = 0. Nor does what the others cost, 0 where
-they have ended. Two completions of one token, k = 0, 1, have A = 1, -1: what the teacher finds unlikely is pushed down.
+k holds θ, yet its own gradient adds nothing on average: E[∇ log π_θ(y)] = 0. By default what the teacher finds less
+likely than the policy does is pushed down, and what it finds likelier is pushed up.
 
-    by default        E[∇L] = E[Σ_t ∇ KL(π_θ(·|y_<t) ‖ π_T(·|y_<t))]   beginnings are taken as they come, as in GKD
-    --reward-to-go    E[∇L] = ∇ E[Σ_t k_t] = ∇ KL(π_θ ‖ π_T)           of whole completions: a token also pays for
-                                                                       where it leads, as in MiniLLM
-The second is the gradient of one number that becomes small, but noisier, and a policy far from its teacher learns what
-is cheapest: to stop (test_the_cheapest_completion_is_a_short_one). Both are at rest where π_θ = π_T.
+    by default        E[∇L] = E_y[Σ_t ∇ KL(π_θ(·|y_<t) ‖ π_T(·|y_<t))]    beginnings y_<t are taken as they come
+    --reward-to-go    E[∇L] = ∇ KL(π_θ ‖ π_T) of whole completions        a token also pays for where it leads
 
-Rewards are logged, to see what the teacher teaches; they are not trained on. N completions a step over all processes, n
-of them in one process or micro-batch; P prompt tokens, T completion tokens, V words of vocabulary, the same in both
+The first is the gradient of no one number, and MiniLLM's "single" part. The second has the "long" part, too; it is
+noisier, and far from its teacher a policy may learn what is cheapest: to stop (test_the_cheapest_completion_is_short).
+MiniLLM divides by the length that is left, against that. Both are at rest where π_θ = π_T, in float32.
+
+The teacher reads the policy's own ids, in the policy's template. Logged are kl, to the teacher, eval/kl, to the start,
+and rewards, to see what the teacher teaches; they are not trained on. N completions a step over all processes, n of
+them in one process or micro-batch; P prompt tokens, T completion tokens, V words of vocabulary, the same in both
 models. π_θ and π_T are at --temperature everywhere.
 
     for each step:
         1. sample      a completion of each of N prompts from π_θ
         2. score       k_i,t of each token                           (1)
-        3. advantages  A_i,t                                         (2), (3)
-        4. update      one Adam step down the gradient of L          (4)
+        3. advantages  A_i,t                                         (2)
+        4. update      one Adam step down the gradient of L          (3)
 
-Adds to REINFORCE: a judgement of each token, where a reward has one of a whole completion.
+Adds to REINFORCE: a judgement of each token, where a reward has one of a whole completion; no baseline.
 
 Differs from the papers:
     1. The gradient is scaled down to --max-grad-norm before Adam takes its step.
     2. A completion cut off at --max-new-tokens is trained like any other.
     3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
-    4. The teacher, in bfloat16 there too, sees sampled tokens; Agarwal et al. compare the whole vocabulary.
-    5. All samples are the policy's. Both papers mix others in, and divide by lengths; the baseline is RLOO's.
+    4. The teacher, in bfloat16 there too, sees sampled tokens; GKD compares the vocabulary, by a divergence of choice.
+    5. All samples are the policy's, GKD's λ = 1. MiniLLM mixes in the teacher's, clips, and adds a pre-training loss.
 
-Run: uv run -m nano_rl.distill --teacher runs/grpo/policy
+Run: uv run -m nano_rl.distill --teacher runs/sums-grpo/policy
 """
 
 import asyncio
@@ -104,15 +105,14 @@ class Args:  # a flag's comment is its --help
 
 # ---- The algorithm --------------------------------------------------------------------------------------------------
 def compute_advantages(kl: Tensor, reward_to_go: bool) -> Tensor:
-    """(3): kl, the k of each token, 0 after the stop, and advantages A are (N, T)."""
-    costs = kl.flip(dims=[1]).cumsum(dim=1).flip(dims=[1]) if reward_to_go else kl  # (N, T), (2)
-    baseline = (costs.sum(dim=0) - costs) / max(1, len(costs) - 1)  # (N, T), of the others; 0 if there are none
-    return baseline - costs  # (3)
+    """(2): kl, the k of each token, 0 after the stop, and advantages A are (n, T)."""
+    costs = kl.flip(dims=[1]).cumsum(dim=1).flip(dims=[1]) if reward_to_go else kl  # (n, T), the sum over s ≥ t
+    return -costs  # (2)
 
 
 def compute_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor, num_completions: int) -> Tensor:
-    """(4): what n rows of T tokens, all three (n, T), add to the mean over N = `num_completions`."""
-    return -(advantages * logprobs * mask).sum() / num_completions  # (4)
+    """(3): what n rows of T tokens, all three (n, T), add to the mean over N = `num_completions`."""
+    return -(advantages * logprobs * mask).sum() / num_completions  # (3)
 
 
 def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
@@ -137,8 +137,10 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
     policy, ref_policy, tokenizer = load_policy(args, run.device)
     dtype = torch.bfloat16 if has_bfloat16(run.device) else torch.float32  # of the teacher, which is never trained
     teacher, its_tokenizer = load(transformers.AutoModelForCausalLM, args.teacher, run.device, dtype)
-    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+    num_rows = [model.get_input_embeddings().weight.shape[0] for model in (policy, teacher)]
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab() or num_rows[0] > num_rows[1]:
         raise InputError(f"--teacher {args.teacher}: choose one of the family of {args.model}, with its vocabulary")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, its_tokenizer.model_max_length)
     prompts, eval_prompts = load_prompts(args, tokenizer, policy)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
@@ -159,9 +161,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         kl = score_logprobs(policy, batch, args) - score_logprobs(teacher, batch, args)  # (n, T), (1)
 
         # 3. advantages
-        padded = F.pad(kl, (0, args.max_new_tokens - kl.shape[1]))  # as wide in all processes
-        advantages = compute_advantages(run.gather(padded).view(num_completions, -1), args.reward_to_go)  # (N, T)
-        batch["advantages"] = run.share(advantages)[:, : kl.shape[1]].to(run.device)  # (n, T)
+        batch["advantages"] = compute_advantages(kl, args.reward_to_go)  # (n, T)
 
         # 4. update
         del sampler  # which makes room for the gradients

@@ -289,7 +289,9 @@ def sums(args: Args) -> None:
 
 
 def distill(args: Args) -> None:
-    """The share that the students of a teacher, which GRPO made, get right, over the tokens that were sampled."""
+    """The share that the students of a teacher, which GRPO made, get right, over the tokens that were sampled.
+
+    SFT reads answers that the teacher gives at temperature 1, as SFT trains at 1, and holds a tenth of them out."""
     learn, test = questions.write(questions.Args(output_dir=str(args.output_dir)))
     learning = f"--prompts {learn} --reward-fn nano_rl.sums:correct --max-new-tokens 32 --learning-rate 2e-5"
     train(args, {"teacher": f"grpo {learning} --num-steps 20 --eval-every 0 --seed 3"})
@@ -300,15 +302,21 @@ def distill(args: Args) -> None:
     train_seeds(args, jobs | {"grpo": f"grpo {task}"})
 
     ask = "nano_rl.compare --all-prompts --max-new-tokens 32 --reward-fn nano_rl.sums:correct"
-    answer = f"{ask} --policies {teacher} --prompts {learn} --num-samples 2 --output-dir {args.output_dir}/answers"
+    answer = f"{ask} --policies {teacher} --prompts {learn} --num-samples 2 --temperature 1"
+    answer += f" --output-dir {args.output_dir}/answers"
     run(args, {f"answers-{seed}": f"{answer}-{seed} --seed {seed}" for seed in args.seeds})
+    study = "--learning-rate 2e-5"
     tokenizer, tokens, students = AutoTokenizer.from_pretrained(teacher), {}, {"teacher": teacher}
     for seed in args.seeds:
         rows = read(args.output_dir / f"answers-{seed}/completions.jsonl")
         rows = [{"prompt": row["prompt"], "completion": row["A"]["completion"]} for row in rows]
-        data = write(args.output_dir / f"answers-{seed}.jsonl", rows)
-        tokens[seed] = mean(len(tokenizer(row["completion"])["input_ids"]) + 1 for row in rows)  # 1: the stop
-        sft = {f"sft-{steps}-{seed}": f"sft --data {data} --num-steps {steps} --seed {seed}" for steps in (5, 10)}
+        lengths = [len(tokenizer(row["completion"])["input_ids"]) + 1 for row in rows]  # 1: the stop
+        tokens[seed] = mean(min(length, 32) for length in lengths)
+        whole = [row for row, length in zip(rows, lengths) if length <= 32]  # no end where there was none
+        data = write(args.output_dir / f"answers-{seed}.jsonl", whole)
+        sft = {
+            f"sft-{steps}-{seed}": f"sft {study} --data {data} --num-steps {steps} --seed {seed}" for steps in (5, 10)
+        }
         train(args, sft)
         students |= {name: args.output_dir / name / "policy" for name in sft}
     one = f"{ask} --prompts {test} --num-samples 1 --policies"  # as an evaluation in a run does
@@ -316,7 +324,8 @@ def distill(args: Args) -> None:
     tests = {n: json.loads((args.output_dir / f"test-{n}/comparison.json").read_text())["table"] for n in students}
     right = {n: next(iter(table["reward"].values()))["mean"] for n, table in tests.items()}
 
-    rows = [["the teacher", "", f"{right['teacher']:.3f}"]]
+    lessons = 16 * sum(row.get("completions/mean_length", 0) for row in read(args.output_dir / "teacher/metrics.jsonl"))
+    rows = [["the teacher, by GRPO, 20 steps", f"{lessons:.0f}", f"{right['teacher']:.3f}"]]
     for name in [*jobs, "grpo"]:
         metrics = [read(args.output_dir / f"{name}-{seed}/metrics.jsonl") for seed in args.seeds]
         for step in (0, 5, 10):
