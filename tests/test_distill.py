@@ -99,9 +99,8 @@ def test_the_start_learns_nothing_from_itself(model, tmp_path, monkeypatch):
     assert rows[-1]["eval/kl"] == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 4}], ids=["all weights", "adapters"])
-def test_the_policy_comes_closer_to_its_teacher(model, tmp_path, options):
-    rows = read(train(distill, model, tmp_path / "run", **LONGER, **options))
+def test_the_policy_comes_closer_to_its_teacher(model, tmp_path):
+    rows = read(train(distill, model, tmp_path / "run", **LONGER))
     assert mean(rows[1:6]) > 2 and mean(rows[-5:]) < 1.5
     assert rows[1]["entropy_estimate"] > 0 and rows[-1]["eval/kl"] > 0.1
 

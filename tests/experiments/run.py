@@ -8,13 +8,15 @@
     uv run -m tests.experiments.run arithmetic                   # answers that are right or wrong
     uv run -m tests.experiments.run sums --seeds 3               # ladder and variants: answers that are right or wrong
     uv run -m tests.experiments.run distill                      # a student beside GRPO, and beside SFT on the teacher
+    uv run -m tests.experiments.run turns --data FOLDER --seeds 0 1 2 3 4     # a game, and GSM8K line by line
     uv run -m tests.experiments.run judge --seeds 0              # a language model as reward, and what it prefers
     uv run -m tests.experiments.run baselines                    # REINFORCE's four
     uv run -m tests.experiments.run brevity --seeds 0            # the six without a brevity penalty
     uv run -m tests.experiments.run variance                     # of REINFORCE's gradient, with each baseline
 
 FOLDER holds train.jsonl and test.jsonl: for preferences {"prompt", "chosen", "rejected"}, such as the pairs that the
-package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the hub, shuffled.
+package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the hub, shuffled;
+for turns {"question", "answer"}, GSM8K.
 
 The pictures are by nano_rl.compare --plot FILE.svg --runs runs/experiments/ladder/*-? runs/experiments/trl/*-?, and
 --runs runs/experiments/baselines/*-?.
@@ -44,7 +46,7 @@ import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nano_rl import judge as judges
-from nano_rl import reinforce
+from nano_rl import multi_turn, reinforce
 from nano_rl import sums as questions
 from nano_rl.gsm8k import correct, formatted
 
@@ -53,7 +55,7 @@ VARIANTS = "dr_grpo gspo cispo dapo reinforce_pp maxrl".split()
 BASELINES = "none mean ema scst".split()
 RULES = "correct formatted".split()  # of gsm8k.py
 EXPERIMENTS = tuple(
-    "ladder sweep trl preferences imdb arithmetic sums distill judge baselines brevity variance".split()
+    "ladder sweep trl preferences imdb arithmetic sums distill turns judge baselines brevity variance".split()
 )
 
 
@@ -340,6 +342,41 @@ def distill(args: Args) -> None:
     show(["student", "sampled tokens", f"right, of {len(read(test))}"], rows)
 
 
+def play_games(starts: list[dict], chance: random.Random) -> list[dict]:
+    """Each guess of a player who guesses at random among the numbers that are left, after what was said before."""
+    rows = []
+    for start in starts:
+        env, low, high = multi_turn.HigherOrLower(), start["low"], start["low"] + 6
+        answer, done, turns = env.reset(**start)[0], False, []
+        while not done:
+            guess = chance.randint(low, high)
+            turns.append({"role": "user", "content": answer})
+            rows.append({"prompt": list(turns), "completion": f"{guess}"})
+            turns.append({"role": "assistant", "content": f"{guess}"})
+            answer, _, done, _, _ = env.step(f"{guess}")
+            low, high = (guess + 1, high) if answer == "Higher." else (low, guess - 1)
+    return rows
+
+
+def turns(args: Args) -> None:
+    """Higher or lower after SFT on games that were played at random, and GSM8K by lines, as far as it goes."""
+    starts = multi_turn.HigherOrLower().starts()
+    games = write(args.output_dir / "games.jsonl", play_games(starts[: -(len(starts) // 4)], random.Random(0)))
+    train(args, {"sft": f"sft --data {games} --num-steps 20"})
+    game = "multi_turn --max-new-tokens 4 --num-turns 3 --batch-size 32 --group-size 8"
+    train_seeds(args, {"game": f"{game} --num-steps 20 --model {args.output_dir / 'sft/policy'}"})
+    lines = f"multi_turn --env Lines --prompts {args.data / 'train.jsonl'} --max-new-tokens 48 --num-turns 12"
+    train(args, {"start": f"{game} --num-steps 1", "lines": f"{lines} --num-steps 5 --eval-every 0"})
+    rows = []
+    for name in ["start", "lines", *(f"game-{seed}" for seed in args.seeds)]:
+        first, *_, last = read(args.output_dir / name / "metrics.jsonl")
+        cells = [f"{row['eval/reward']:.3f} ± {row['eval/reward_se']:.3f}" for row in (first, last)]
+        rows.append([name, *cells, f"{last['eval/turns']:.1f}"])
+    games = [read(args.output_dir / f"game-{seed}/metrics.jsonl") for seed in args.seeds]
+    rows.append(["game", *(estimate([metrics[i]["eval/reward"] for metrics in games]) for i in (0, -1)), ""])
+    show(["run", "success before", "after", "turns"], rows)
+
+
 def spoil(stories: list[str], words: random.Random) -> dict[str, list[str]]:
     """The stories, and what a judge should like less, or not be moved by."""
     shuffled = [" ".join(words.sample(story.split(), len(story.split()))) for story in stories]
@@ -440,7 +477,7 @@ def variance(args: Args, options: reinforce.Args | None = None, num_batches: int
 
 
 def main(args: Args) -> None:
-    if args.experiment in ("preferences", "imdb") and not args.data:
+    if args.experiment in ("preferences", "imdb", "turns") and not args.data:
         sys.exit(f"{args.experiment} needs --data, a folder of train.jsonl and test.jsonl")
     args.output_dir /= args.experiment
     globals()[args.experiment](args)
