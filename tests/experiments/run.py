@@ -269,11 +269,11 @@ def arithmetic(args: Args) -> None:
 
 
 def sums(args: Args) -> None:
-    """The ladder at one learning rate, the variants at two: the share right of 128 unseen questions, greedily."""
+    """Ladder and variants at two learning rates: the share right of 128 unseen questions, greedily."""
     learn, test = questions.write(questions.Args(output_dir=str(args.output_dir)))
     task = f"--prompts {learn} --reward-fn nano_rl.sums:correct --max-new-tokens 32 --eval-every 0"
-    files = {"2e-5": LADDER + VARIANTS, "4e-5": VARIANTS}  # by the learning rate
-    jobs = {f"{file}-{rate}": f"{file} {task} --learning-rate {rate}" for rate in files for file in files[rate]}
+    files, rates = LADDER + VARIANTS, ("2e-5", "4e-5")
+    jobs = {f"{file}-{rate}": f"{file} {task} --learning-rate {rate}" for rate in rates for file in files}
     train_seeds(args, jobs)
     names = [f"{name}-{seed}" for name in jobs for seed in args.seeds]
     ask = f"nano_rl.compare --prompts {test} --all-prompts --reward-fn nano_rl.sums:correct --temperature 0"
