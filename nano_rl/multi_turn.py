@@ -13,8 +13,9 @@ from its turn on. The others' returns, 0 for a turn that they do not have, know 
 expected gradient is that of the expected return. With γ < 1 each turn counts the future less, but all turns alike.
 
 Trained are the tokens that the policy sampled, those very ids: they are never read back from text. What the environment
-says is read, and not trained. An action ends at a stop token, at the environment's `stop`, a regular expression, or
-after --max-new-tokens; an episode ends as the environment says, after --num-turns, or where the context is full.
+says is read, and not trained. An action ends at a stop token, with the token in which the environment's `stop`, a
+regular expression, is found, or after --max-new-tokens; an episode ends as the environment says, after --num-turns, or
+where the context is full.
 
 B starts a step with G episodes each make N = B·G over all processes, n of them in one process or micro-batch; at most K
 turns an episode; P tokens of the first observation, T tokens after it, V words of vocabulary. π is at --temperature
@@ -32,12 +33,14 @@ Differs from the papers:
     1. The gradient is scaled down to --max-grad-norm before Adam takes its step.
     2. An episode that is cut off is trained like any other.
     3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
+    4. Thoughts stay in the context of later turns, even if the chat template would drop them there.
 
 An environment is a class as in Gymnasium, with text for observations and actions (--env module:Class):
     reset(**columns) -> (observation, info)                          columns are those of a line of --prompts
     step(action) -> (observation, reward, terminated, truncated, info)
-It may have `starts()`, lines for where --prompts is not given; `stop`; and `continues = True`, if its words go on in
-the policy's turn, as those of a calculator do, and are not a turn of the user's.
+Its class may have `starts()`, lines for where --prompts is not given; `stop`; and `continues = True`, if its words go
+on in the policy's turn, as those of a calculator do, and are not a turn of the user's. Each episode has an object of
+its own; before a run begins, each line is tried once.
 
 Run: uv run -m nano_rl.multi_turn
      uv run -m nano_rl.multi_turn --env Lines --prompts train.jsonl --max-new-tokens 48 --num-turns 12    # GSM8K
@@ -147,7 +150,7 @@ def train(args: Args, make_env: Callable[[], object] | None = None) -> Path:
         raise InputError(f"--group-size {args.group_size}: must be 2 or more and divide --batch-size {args.batch_size}")
     make_env = make_env or load_env(args.env)
     policy, ref_policy, tokenizer = load_policy(args, run.device)
-    starts, eval_starts = load_starts(args, make_env)
+    starts, eval_starts = load_starts(args, tokenizer, make_env)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
     evaluation = partial(evaluate_episodes, run, policy, ref_policy, tokenizer, eval_starts, make_env)
@@ -214,9 +217,9 @@ class HigherOrLower:
     """A number of seven is to be guessed in three turns; halving them each time always does."""
 
     def starts(self) -> list[dict]:
-        """All beginnings, in a random order."""
-        rows = [{"low": low, "secret": low + i} for low in range(1, 14) for i in range(7)]
-        return random.Random(0).sample(rows, len(rows))
+        """All beginnings; the last quarter has numbers of its own, the seven from 1 to 12 on in a random order."""
+        lows = random.Random(0).sample(range(1, 13), 12)
+        return [{"low": low, "secret": low + i} for low in lows for i in range(7)]
 
     def reset(self, low: int, secret: int) -> tuple[str, dict]:
         self.secret, self.guesses = secret, 0
@@ -225,18 +228,18 @@ class HigherOrLower:
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         self.guesses += 1
         numbers = re.findall(r"\d+", action)
-        if numbers == [str(self.secret)]:
+        if len(numbers) != 1 or len(numbers[0]) > 9:
+            return "Answer with one number.", 0.0, self.guesses == 3, False, {}
+        guess = int(numbers[0])
+        if guess == self.secret:
             return "Right.", 1.0, True, False, {}
-        answer = "Answer with one number." if len(numbers) != 1 or len(numbers[0]) > 9 else "Lower."
-        if answer == "Lower." and int(numbers[0]) < self.secret:
-            answer = "Higher."
-        return answer, 0.0, self.guesses == 3, False, {}
+        return "Higher." if guess < self.secret else "Lower.", 0.0, self.guesses == 3, False, {}
 
 
 class Lines:
     """A question of maths is answered line by line, one an action; after "<<3*4=" the calculator writes "12>>"."""
 
-    stop = r"\n|<<[^<>\n]*="  # an action ends here
+    stop = r"\n|<<[^<>\n]*="  # an action ends with the token that has this
     continues = True  # what is observed goes on in the policy's own turn
     hint = "Solve it line by line. Write each calculation as <<3*4=12>>. End with #### and the number."
 
@@ -252,8 +255,8 @@ class Lines:
             result = calculate(calculation[1]) + ">>"
             self.text += result
             return result, 0.0, False, False, {}
-        terminated = "####" in action or not action.endswith("\n")  # the policy has no more to say
-        is_right = terminated and "####" in self.text and last_number(self.text) == self.gold
+        terminated = "####" in self.text or not re.search(self.stop, action)  # answered, or no more to say, or too long
+        is_right = "####" in self.text and last_number(self.text) == self.gold
         return "", float(is_right), terminated, False, {}
 
 
@@ -282,7 +285,7 @@ def value_of(node: ast.expr) -> Fraction:
     operations = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__}
     operations |= {ast.Div: Fraction.__truediv__}
     match node:
-        case ast.Constant(value=int() | float() as number) if number is not True and number is not False:
+        case ast.Constant(value=int() | float() as number) if type(number) is not bool:
             value = Fraction(str(number)) if abs(number) < 1e15 else Fraction(10**15)
         case ast.UnaryOp(op=ast.UAdd() | ast.USub() as sign, operand=operand):
             value = value_of(operand) * (-1 if isinstance(sign, ast.USub) else 1)
@@ -305,24 +308,31 @@ def load_env(name: str) -> type:
         raise InputError(f"cannot import --env {name} as module:Class ({error!r})") from error
 
 
-def load_starts(args: Args, make_env: Callable[[], object]) -> tuple[list[dict], list[dict]]:
+def load_starts(args: Args, tokenizer, make_env: Callable[[], object]) -> tuple[list[dict], list[dict]]:
     """What the episodes' reset() is called with: to train on, and held out."""
     rows = read_starts(args.prompts) if args.prompts else getattr(make_env(), "starts", list)()
-    if args.eval_prompts:
-        return rows, read_starts(args.eval_prompts)
     rows = list({json.dumps(row): row for row in rows}.values())
     if len(rows) < 3:
-        raise InputError("give --prompts with 3 different lines, of which 2 are held out, or --eval-prompts, too")
-    size = max(2, min(32, len(rows) // 4))
-    return rows[:-size], rows[-size:]
+        raise InputError("give --prompts with 3 different lines or more, of which 2 are held out")
+    num_held_out = max(2, min(32, len(rows) // 4))
+    starts, eval_starts = rows[:-num_held_out], rows[-num_held_out:]
+    if args.eval_prompts:
+        starts, eval_starts = rows, read_starts(args.eval_prompts)
+    for start in starts + eval_starts:
+        begin(tokenizer, args, start, make_env())  # what cannot begin is found now
+    return starts, eval_starts
 
 
 def read_starts(path: str) -> list[dict]:
+    where = f"cannot read {path}"
     try:
-        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")  # not at U+2028, which JSON may hold
-        return [dict(json.loads(line)) for line in lines]
+        rows = []
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+            where = f"{path}, line {number}"
+            rows.append(dict(json.loads(line)))
+        return rows
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"cannot read {path}: each line must be a JSON object ({error})") from error
+        raise InputError(f"{where}: each line must be a JSON object, what reset() is called with ({error})") from error
 
 
 def encode_beginning(tokenizer, args: Args, text: str) -> list[int]:
@@ -336,34 +346,45 @@ def encode_beginning(tokenizer, args: Args, text: str) -> list[int]:
 
 def encode_answer(tokenizer, args: Args, text: str, stop_id: int | None, continues: bool) -> list[int]:
     """The ids by which a later observation follows an action, which has written `stop_id` at its end, or no stop."""
-    if args.chat_template and tokenizer.chat_template and not continues:
-        turns = as_messages("?", "user") + as_messages("␟", "assistant") + as_messages(text, "user")
-        whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        text = whole[whole.index("␟") + 1 :]  # the end of the policy's turn, the user's, and the next one's beginning
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids[ids.index(stop_id) + 1 :] if stop_id in ids else ids  # it is there already
+    if continues or not (args.chat_template and tokenizer.chat_template):
+        return encode_after(tokenizer, text)
+    turns = as_messages("?", "user") + as_messages("␟", "assistant") + as_messages("␟", "user")
+    whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    _, ending, opening = whole.split("␟")  # of the policy's turn, and of its next
+    ids = encode_after(tokenizer, ending + text + opening)
+    written = encode_after(tokenizer, ending)
+    return ids[written.index(stop_id) + 1 :] if stop_id in written else ids  # it is there already
+
+
+def encode_after(tokenizer, text: str) -> list[int]:
+    """The ids of text that goes on, without the space that some tokenizers put before a beginning."""
+    newline, ids = tokenizer(["\n", "\n" + text], add_special_tokens=False)["input_ids"]
+    has_merged = ids[: len(newline)] != newline
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if has_merged else ids[len(newline) :]
 
 
 def sample_actions(sampler, tokenizer, prompts: list[list[int]], temperature: float, env) -> list[tuple]:
     """After each prompt an action: its ids, its text, and what it ended at: "stop", "string" or "length"."""
     width, stop, continues = max(map(len, prompts)), getattr(env, "stop", ""), getattr(env, "continues", False)
-
-    def is_match(ids: list[int]) -> bool:
-        return bool(stop and re.search(stop, tokenizer.decode(ids, skip_special_tokens=True)))
+    stop_ids = sampler.generation_config.eos_token_id or []
+    lengths = {}  # of the rows in which `stop` was found
 
     def is_done(input_ids: Tensor, *_, **__) -> Tensor:
-        return torch.tensor([is_match(ids[width:].tolist()) for ids in input_ids], device=input_ids.device)
+        for row, ids in enumerate(input_ids[:, width:].tolist()):
+            written = next((t for t, token in enumerate(ids) if token in stop_ids), len(ids))  # what follows is padding
+            if re.search(stop, tokenizer.decode(ids[:written])):
+                lengths.setdefault(row, len(ids))
+        return torch.tensor([row in lengths for row in range(len(input_ids))], device=input_ids.device)
 
     sampler.generate = partial(type(sampler).generate, sampler, stopping_criteria=[is_done] if stop else [])
     batch, _ = sample(sampler, tokenizer, [{"prompt_ids": ids, "begun": ""} for ids in prompts], temperature)
+    del sampler.generate  # which holds the sampler, and would keep it
     actions = []
-    for prompt, ids, mask in zip(prompts, batch["input_ids"][:, width:].tolist(), batch["mask"]):
-        ids = ids[: int(mask.sum())]
-        end = "stop" if ids[-1] in (sampler.generation_config.eos_token_id or []) else "length"
-        if matches := [length for length in range(1, len(ids) + 1) if is_match(ids[:length])]:
-            ids, end = ids[: matches[0]], "string"
+    for row, (prompt, ids) in enumerate(zip(prompts, batch["input_ids"][:, width:].tolist())):
+        ids = ids[: lengths.get(row, int(batch["mask"][row].sum()))]
+        end = "stop" if ids[-1] in stop_ids else "string" if row in lengths else "length"
         last = prompt[-1:] if continues else []  # for the space after it
-        text = tokenizer.decode(last + ids[: len(ids) - (end == "stop")]).removeprefix(tokenizer.decode(last))
+        text = tokenizer.decode(last + [i for i in ids if i not in stop_ids]).removeprefix(tokenizer.decode(last))
         actions.append((ids, text, end))
     return actions
 
@@ -377,8 +398,9 @@ def play(sampler, tokenizer, args: Args, starts: list[dict], make_env: Callable)
         for episode, (ids, text, ended_at) in zip(active, actions):
             observation, reward, terminated, truncated = take_step(episode["env"], text)
             episode["rewards"][episode["num_turns"]] = reward
-            said = f"[policy, {ended_at}] {text}", f"[environment] {observation}" if observation else ""
-            episode["transcript"] = "\n".join(filter(None, [episode["transcript"], *said]))
+            for who, said in ((f"policy, {ended_at}", text), ("environment", observation)):
+                lines = said.replace("\n", "\n    ")  # so that no line of one looks like another's
+                episode["transcript"] += f"[{who}] {lines}\n" if said or who != "environment" else ""
             episode["cut"] += ended_at == "length"
             stop_id = ids[-1] if ended_at == "stop" else None
             added = encode_answer(tokenizer, args, observation, stop_id, getattr(episode["env"], "continues", False))
@@ -391,19 +413,22 @@ def play(sampler, tokenizer, args: Args, starts: list[dict], make_env: Callable)
             episode["turns"] += [episode["num_turns"]] * len(ids + added)
             episode["num_turns"] += 1
     for episode in episodes:
-        getattr(episode.pop("env"), "close", bool)()
+        env = episode.pop("env")
+        if hasattr(env, "close"):
+            env.close()
     return collate(episodes, tokenizer.pad_token_id, sampler.device), episodes
 
 
 def begin(tokenizer, args: Args, start: dict, env) -> dict:
     """An episode before its first action."""
-    observation, _ = env.reset(**copy.deepcopy(start))
-    if not isinstance(observation, str):
-        raise InputError(f"the environment must begin with text, not {observation!r:.200}")
+    answer = env.reset(**copy.deepcopy(start))
+    if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], str)):
+        raise InputError(f"the environment's reset() must return (text, info), not {answer!r:.200}")
+    observation, _ = answer
     ids = encode_beginning(tokenizer, args, observation)
     room = tokenizer.model_max_length - args.max_new_tokens
     if not 0 < len(ids) <= room:
-        raise InputError(f"{start}: begins with {len(ids)} tokens; context less --max-new-tokens leaves {room}")
+        raise InputError(f"{len(ids)} tokens; context less --max-new-tokens leaves {room}: {start!r:.200}")
     episode = {"env": env, "prompt": observation, "ids": ids, "num_prompt": len(ids), "mask": [], "turns": []}
     return episode | {"rewards": [0.0] * args.num_turns, "num_turns": 0, "cut": 0, "end": "", "transcript": ""}
 

@@ -7,8 +7,8 @@ import os
 import re
 import shutil
 import signal
+import weakref
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +28,8 @@ from tiny import (
     save_policy,
     start,
 )
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from nano_rl import multi_turn, rloo
 
@@ -165,14 +167,46 @@ def test_advantages_by_hand():
 
 
 def test_one_turn_is_rloo(model, prompts, tmp_path):
-    ours = train(model, tmp_path / "ours", prompts, make_echo(1))
-    args = rloo.Args(model=model, prompts=prompts, output_dir=str(tmp_path / "rloo"), **TINY | {"max_new_tokens": 3})
+    ours = train(model, tmp_path / "ours", prompts, make_echo(1), kl_coef=0.1)
+    options = TINY | {"max_new_tokens": 3, "kl_coef": 0.1}
+    args = rloo.Args(model=model, prompts=prompts, output_dir=str(tmp_path / "rloo"), **options)
     theirs = rloo.train(args, lambda completions, **_: [reward_of(text) for text in completions])
     assert same(weights(ours), weights(theirs))
-    names = "reward reward_std frac_reward_zero_std completions/mean_length entropy_estimate grad_norm eval/kl".split()
+    names = "reward reward_std frac_reward_zero_std completions/mean_length entropy_estimate kl grad_norm".split()
     for a, b in zip(read(ours), read(theirs), strict=True):
         assert {name: a.get(name) for name in names} == {name: b.get(name) for name in names}
-    assert any(row["grad_norm"] > 0 for row in read(ours)[1:])
+    assert any(row["grad_norm"] > 0 for row in read(ours)[1:]) and read(ours)[2]["kl"] != 0
+
+
+def test_each_turn_pays_for_its_own_kl(model, prompts, tmp_path, monkeypatch):
+    """And --gamma arrives."""
+    calls, names = [], ("play", "score_logprobs", "compute_advantages")
+    for name in names:
+        function = getattr(multi_turn, name)
+
+        def spy(*inputs, name=name, function=function):
+            calls.append((name, inputs, function(*inputs)))
+            return calls[-1][2]
+
+        monkeypatch.setattr(multi_turn, name, spy)
+    train(model, tmp_path / "run", prompts, eval_every=0, kl_coef=0.3, gamma=0.5)
+    i = max(i for i, (name, _, _) in enumerate(calls) if name == "compute_advantages")  # of the last step
+    (_, _, (batch, episodes)), (_, _, logprobs), (_, _, ref_logprobs), (_, inputs, _) = calls[i - 3 : i + 1]
+    kl = logprobs - ref_logprobs
+    for row, episode in enumerate(episodes):
+        for k in range(8):
+            of_turn = sum(kl[row, t].item() for t in range(kl.shape[1]) if batch["turns"][row, t] == k)
+            assert inputs[0][row, k].item() == pytest.approx(episode["rewards"][k] - 0.3 * of_turn, abs=1e-5)
+    assert kl.abs().sum() > 1e-3 and inputs[1:] == (4, 0.5) and [len(e["rewards"]) for e in episodes] == [8] * 4
+
+
+def test_no_sampler_is_kept(model, prompts, tmp_path):
+    policy, tokenizer, args = load(tmp_path, make_byte_tokenizer(), max_new_tokens=4)
+    sampler = multi_turn.make_sampler(policy, tokenizer, args)
+    multi_turn.play(sampler, tokenizer, args, PROMPTS[:2], Echo)
+    alive = weakref.ref(sampler)
+    del sampler
+    assert alive() is None
 
 
 # ---- What is trained ------------------------------------------------------------------------------------------------
@@ -228,16 +262,31 @@ def test_the_sampled_ids_are_trained_and_the_environments_are_read(tmp_path, mon
 
 def test_an_observation_follows_an_action_as_the_template_has_it():
     tokenizer, args = make_byte_tokenizer(), multi_turn.Args()
+    eos, assistant = tokenizer.convert_tokens_to_ids(["<eos>", "<assistant>"])
 
-    def after(stop_id=None, continues=False):
-        return tokenizer.decode(multi_turn.encode_answer(tokenizer, args, "b", stop_id, continues))
+    def after(stop_id=None, text="b", continues=False):
+        return tokenizer.decode(multi_turn.encode_answer(tokenizer, args, text, stop_id, continues))
 
     assert tokenizer.decode(multi_turn.encode_beginning(tokenizer, args, "b")) == "<user> b <assistant>"
     assert after() == " <eos><user> b <assistant>", "its turn is ended"
-    assert after(tokenizer.eos_token_id) == "<user> b <assistant>", "it has ended it itself"
-    assert after(continues=True) == after(tokenizer.eos_token_id, continues=True) == "b"
+    assert after(eos) == "<user> b <assistant>", "it has ended it itself"
+    assert after(assistant) == " <eos><user> b <assistant>", "a stop token that opens the next turn, as Phi has"
+    assert after(assistant, "a <eos> b") == " <eos><user> a <eos> b <assistant>", "what is said is whole"
+    assert after(continues=True) == after(eos, continues=True) == "b"
     args.chat_template = False
     assert after() == tokenizer.decode(multi_turn.encode_beginning(tokenizer, args, "b")) == "b"
+    assert after(eos, "a <eos> b") == "a <eos> b"
+
+
+def test_words_that_go_on_have_no_space_before_them():
+    """SentencePiece's tokenizers put one before every text."""
+    words = {word: i for i, word in enumerate(["<unk>", "▁", "\n", *"0123456789<>=*ab"])}
+    tokenizer = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert fast.decode(fast("12>>")["input_ids"]) == " 12>>"
+    assert fast.decode(multi_turn.encode_answer(fast, multi_turn.Args(), "12>>", None, True)) == "12>>"
 
 
 @pytest.mark.parametrize("stop, limit, ends", [("", 5, {"length", "stop"}), ("[a-z]", 120, {"string", "stop"})])
@@ -246,14 +295,17 @@ def test_where_an_action_ends(tmp_path, stop, limit, ends):
     sampler = multi_turn.make_sampler(policy, tokenizer, args)
     torch.manual_seed(1)
     prompts = [[10 + i, 20] for i in range(64)]
+
+    def text_of(ids: list[int]) -> str:
+        return tokenizer.decode(ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids)
+
     actions = multi_turn.sample_actions(sampler, tokenizer, prompts, 1.0, SimpleNamespace(stop=stop))
     assert {end for _, _, end in actions} >= ends - {"stop"} and {end for _, _, end in actions} <= ends
-    read = partial(tokenizer.decode, skip_special_tokens=True)
     for ids, text, end in actions:
         assert (ids[-1] == tokenizer.eos_token_id) == (end == "stop") and 1 <= len(ids) <= limit
-        assert text == tokenizer.decode(ids[:-1] if end == "stop" else ids)
+        assert text == text_of(ids)
         assert end != "length" or len(ids) == limit
-        found = [bool(stop) and bool(re.search(stop, read(ids[:count]))) for count in range(len(ids) + 1)]
+        found = [bool(stop) and bool(re.search(stop, text_of(ids[:count]))) for count in range(len(ids) + 1)]
         assert found == [False] * len(ids) + [end == "string"], "it ends at the first"
     if stop:
         assert max(len(ids) for ids, _, _ in actions) < limit, "nobody waits for the longest possible"
@@ -265,7 +317,9 @@ def test_where_an_action_ends(tmp_path, stop, limit, ends):
 def test_halving_always_finds_the_number():
     env = multi_turn.HigherOrLower()
     starts = env.starts()
-    assert len(starts) == 91 == len({(row["low"], row["secret"]) for row in starts})
+    assert len(starts) == 84 == len({(row["low"], row["secret"]) for row in starts})
+    held_out = {row["low"] for row in starts[-21:]}
+    assert len(held_out) == 3 and not held_out & {row["low"] for row in starts[:-21]}
     for row in starts:
         assert env.reset(**row)[0] == f"Guess my number from {row['low']} to {row['low'] + 6}. Answer with a number."
         low, high, terminated, rewards = row["low"], row["low"] + 6, False, []
@@ -279,6 +333,7 @@ def test_halving_always_finds_the_number():
 
 @pytest.mark.parametrize("action, answer", [
     ("3", "Higher."), ("It is 3.", "Higher."), ("9", "Lower."), ("3 or 5", "Answer with one number."), ("5.", "Right."),
+    ("05", "Right."), ("５", "Right."),
     ("", "Answer with one number."), ("9" * 5000, "Answer with one number."), ("5 5", "Answer with one number."),
 ])  # fmt: skip
 def test_the_games_answers(action, answer):
@@ -297,6 +352,13 @@ def test_a_question_is_answered_line_by_line():
     assert env.step("First <<3*4=") == ("12>>", 0.0, False, False, {})
     assert env.step("12\n") == ("", 0.0, False, False, {})
     assert env.step("#### 13") == ("", 1.0, True, False, {})
+    env.reset("?", "12")
+    assert env.step("#### <<3*4=") == ("12>>", 0.0, False, False, {})
+    assert env.step("12\n") == ("", 1.0, True, False, {}), "an answer may be calculated"
+    env.reset("?", "12")
+    for action in ("First 3\n  ", "<<3-5=-", "2>>\n", "=\n\n"):
+        assert env.step(action) == ("", 0.0, False, False, {}), "a token may go on after what it ends at"
+    assert env.step("a line that is too lo") == ("", 0.0, True, False, {})
     for last, reward in (("#### 13\n", 1), ("#### 13.0", 1), ("####", 0), ("13", 0), ("#### 14", 0), ("#### 1,3", 1)):
         env.reset("?", "13")
         env.step("12 is next to\n")
@@ -363,10 +425,10 @@ def test_an_environment_of_gymnasium_works_unchanged(model, tmp_path):
 
 class Broken(Echo):
     answer = ("a", 0.0, False, False, {})
-    beginning = "the sea"
+    beginning = ("the sea", {})
 
     def reset(self, prompt: str):
-        return self.beginning, {}
+        return self.beginning
 
     def step(self, action: str):
         if isinstance(self.answer, Exception):
@@ -390,11 +452,19 @@ def test_an_environment_that_answers_wrongly(model, prompts, tmp_path, answer):
         train(model, tmp_path / "run", prompts, broken)
 
 
-def test_an_environment_that_begins_wrongly(model, prompts, tmp_path):
-    with pytest.raises(multi_turn.InputError, match="must begin with text, not 3"):
-        train(model, tmp_path / "run", prompts, type("Broken", (Broken,), {"beginning": 3}))
-    with pytest.raises(multi_turn.InputError, match="begins with 102 tokens; context less --max-new-tokens leaves 61"):
-        train(model, tmp_path / "run", prompts, type("Broken", (Broken,), {"beginning": "sea " * 100}))
+@pytest.mark.parametrize("beginning", [(3, {}), "ab", None, ("a", {}, 1), 3], ids=str)
+def test_an_environment_that_begins_wrongly(model, prompts, tmp_path, beginning):
+    with pytest.raises(multi_turn.InputError, match=r"reset\(\) must return \(text, info\), not "):
+        train(model, tmp_path / "run", prompts, type("Broken", (Broken,), {"beginning": beginning}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_does_not_fit_is_found_before_the_run(model, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*PROMPTS[:9], {"prompt": "sea " * 100}, *PROMPTS[9:]]))
+    with pytest.raises(multi_turn.InputError, match="102 tokens; context less .* leaves 61: {'prompt': 'sea"):
+        train(model, tmp_path / "run", str(path))
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_environment_that_never_ends(model, prompts, tmp_path):
@@ -417,8 +487,9 @@ def test_what_cannot_be_played(model, tmp_path):
     assert "cannot import --env test_multi_turn:Chess as module:Class" in error(env="test_multi_turn:Chess")
     assert "give --prompts with 3 different lines" in error(env="Lines")
     assert "cannot read none.jsonl: each line must be a JSON object" in error(prompts="none.jsonl")
-    (tmp_path / "rows.jsonl").write_text("[1]\n")
-    assert "each line must be a JSON object" in error(prompts=str(tmp_path / "rows.jsonl"))
+    (tmp_path / "rows.jsonl").write_text('{"low": 1, "secret": 2}\n[1]\n')
+    assert "rows.jsonl, line 2: each line must be a JSON object" in error(prompts=str(tmp_path / "rows.jsonl"))
+    assert "give --prompts with 3 different" in error(env="Lines", eval_prompts=str(tmp_path / "rows.jsonl"))
     assert "--group-size 3: must be 2 or more and divide --batch-size 4" in error(group_size=3)
     with pytest.raises(TypeError, match="unexpected keyword argument 'prompt'"):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
@@ -433,10 +504,38 @@ def test_the_games_of_this_file(tmp_path):
     model = save_policy(tmp_path / "policy", llama_config(len(tokenizer), max_position_embeddings=512), tokenizer)
     rows = read(train(model, tmp_path / "game", make_env=None, num_steps=1))
     assert rows[1]["episodes/turns"] == 3 and rows[1]["episodes/truncated"] == 0
-    path = tmp_path / "maths.jsonl"
-    path.write_text("".join(json.dumps({"question": f"{i} + 1 ?", "answer": f"#### {i + 1}"}) + "\n" for i in range(8)))
-    rows = read(train(model, tmp_path / "lines", str(path), None, env="Lines", num_steps=1, num_turns=4))
-    assert 1 <= rows[1]["episodes/turns"] <= 4
+
+
+def test_a_question_is_played_line_by_line(tmp_path, monkeypatch):
+    """With what `generate` would write: a calculation, the rest of its line, and the answer in a token of its own."""
+    policy, tokenizer, args = load(tmp_path, make_byte_tokenizer(), max_new_tokens=9)
+    script = iter(["so <<3*4=", "12\n", "#### 12"])
+
+    def generate(sampler, input_ids, stopping_criteria, **_):
+        action = tokenizer(next(script))["input_ids"]
+        stop = action == [] or "####" in tokenizer.decode(action)
+        for length in range(1, len(action) + 1):
+            whole = torch.cat([input_ids, torch.tensor([action[:length]])], dim=1)
+            assert stopping_criteria[0](whole, None).tolist() == [length == len(action) and not stop]
+        return torch.cat([whole, torch.tensor([[tokenizer.eos_token_id]])], dim=1) if stop else whole
+
+    sampler = multi_turn.make_sampler(policy, tokenizer, args)
+    monkeypatch.setattr(type(sampler), "generate", generate)
+    start = {"question": "What is 3 times 4?", "answer": "#### 12"}
+    batch, (episode,) = multi_turn.play(sampler, tokenizer, args, [start], multi_turn.Lines)
+    sampled = tokenizer.decode(batch["input_ids"][0, -batch["mask"].shape[1] :][batch["mask"][0].bool()])
+    assert sampled == "so <<3*4=12\n#### 12<eos>" and tokenizer.decode(episode["ids"]).endswith(
+        "<assistant>so <<3*4=12>>12\n#### 12<eos>"
+    )
+    assert episode["transcript"].splitlines() == [
+        "[policy, string] so <<3*4=",
+        "[environment] 12>>",
+        "[policy, string] 12",
+        "    ",
+        "[policy, stop] #### 12",
+    ]
+    assert episode["rewards"] == [0, 0, 1, 0, 0, 0, 0, 0] and episode["end"] == "terminated"
+    assert [batch["turns"][0].tolist().count(k) for k in range(3)] == [9 + 4, 3, 8]
 
 
 def test_micro_batches_do_not_change_a_run(model, prompts, tmp_path, monkeypatch):
