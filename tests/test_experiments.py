@@ -59,7 +59,7 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
     if name == "arithmetic":
         assert "| grpo | 0.250 ± 0.000 | 0.000 ± 0.000 | 0.250, 0.250, 0.250 |" in out
     elif name == "distill":
-        assert "| whole, 5 steps | 288 ± 0 | 0.375 ± 0.000 |" in out  # two steps of 16 completions of 9 tokens
+        assert "| distill, 5 steps | 288 ± 0 | 0.375 ± 0.000 |" in out  # two steps of 16 completions of 9 tokens
         assert "| grpo, 10 steps | 288 ± 0 | 0.500 ± 0.000 |" in out and "| sft, 10 steps | 480 ± 0 | 0." in out
     elif name == "turns":
         assert "| lines | 0.250 ± 0.050 | 0.500 ± 0.050 | 2.5 |" in out

@@ -272,8 +272,8 @@ def sums(args: Args) -> None:
     """Ladder and variants at two learning rates: the share right of 128 unseen questions, greedily."""
     learn, test = questions.write(questions.Args(output_dir=str(args.output_dir)))
     task = f"--prompts {learn} --reward-fn nano_rl.sums:correct --max-new-tokens 32 --eval-every 0"
-    files, rates = LADDER + VARIANTS, ("2e-5", "4e-5")
-    jobs = {f"{file}-{rate}": f"{file} {task} --learning-rate {rate}" for rate in rates for file in files}
+    files = {"2e-5": LADDER + VARIANTS, "4e-5": LADDER[:-1] + VARIANTS}  # without PPO, which takes twice as long
+    jobs = {f"{file}-{rate}": f"{file} {task} --learning-rate {rate}" for rate in files for file in files[rate]}
     train_seeds(args, jobs)
     names = [f"{name}-{seed}" for name in jobs for seed in args.seeds]
     ask = f"nano_rl.compare --prompts {test} --all-prompts --reward-fn nano_rl.sums:correct --temperature 0"
@@ -299,9 +299,8 @@ def distill(args: Args) -> None:
     train(args, {"teacher": f"grpo {learning} --num-steps 20 --eval-every 0 --seed 3"})
     teacher = args.output_dir / "teacher/policy"
     task = f"{learning} --num-steps 10 --eval-every 5 --eval-prompts {test}"
-    jobs = {name: f"distill {task} --teacher {teacher}" for name in ("tokens", "whole")}
-    jobs["whole"] += " --reward-to-go"
-    train_seeds(args, jobs | {"grpo": f"grpo {task}"})
+    jobs = {"distill": f"distill {task} --teacher {teacher}", "grpo": f"grpo {task}"}
+    train_seeds(args, jobs)
 
     ask = "nano_rl.compare --all-prompts --max-new-tokens 32 --reward-fn nano_rl.sums:correct"
     answer = f"{ask} --policies {teacher} --prompts {learn} --num-samples 2 --temperature 1"
@@ -328,7 +327,7 @@ def distill(args: Args) -> None:
 
     lessons = 16 * sum(row.get("completions/mean_length", 0) for row in read(args.output_dir / "teacher/metrics.jsonl"))
     rows = [["the teacher, by GRPO, 20 steps", f"{lessons:.0f}", f"{right['teacher']:.3f}"]]
-    for name in [*jobs, "grpo"]:
+    for name in jobs:
         metrics = [read(args.output_dir / f"{name}-{seed}/metrics.jsonl") for seed in args.seeds]
         for step in (0, 5, 10):
             sampled = [16 * sum(row["completions/mean_length"] for row in rows[1 : step + 1]) for rows in metrics]
