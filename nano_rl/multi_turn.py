@@ -319,7 +319,7 @@ def load_starts(args: Args, tokenizer, make_env: Callable[[], object]) -> tuple[
     if args.eval_prompts:
         starts, eval_starts = rows, read_starts(args.eval_prompts)
     for start in starts + eval_starts:
-        begin(tokenizer, args, start, make_env())  # what cannot begin is found now
+        close(begin(tokenizer, args, start, make_env()))  # what cannot begin is found now
     return starts, eval_starts
 
 
@@ -413,9 +413,7 @@ def play(sampler, tokenizer, args: Args, starts: list[dict], make_env: Callable)
             episode["turns"] += [episode["num_turns"]] * len(ids + added)
             episode["num_turns"] += 1
     for episode in episodes:
-        env = episode.pop("env")
-        if hasattr(env, "close"):
-            env.close()
+        close(episode)
     return collate(episodes, tokenizer.pad_token_id, sampler.device), episodes
 
 
@@ -444,6 +442,12 @@ def take_step(env, action: str) -> tuple[str, float, bool, bool]:
         needed = "(text, finite number, terminated, truncated, info)"
         raise InputError(f"the environment must answer an action with {needed}, not {answer!r:.200}") from error
     return observation, float(reward), bool(terminated), bool(truncated)
+
+
+def close(episode: dict) -> None:
+    env = episode.pop("env")
+    if hasattr(env, "close"):
+        env.close()
 
 
 def collate(episodes: list[dict], pad_id: int, device: torch.device) -> dict[str, Tensor]:

@@ -436,6 +436,26 @@ class Broken(Echo):
         return self.answer
 
 
+def test_every_environment_is_closed(model, prompts, tmp_path):
+    made = []
+
+    class Door(Echo):
+        is_open = False
+
+        def __init__(self):
+            made.append(self)
+
+        def reset(self, prompt: str):
+            self.is_open = True
+            return super().reset(prompt)
+
+        def close(self):
+            self.is_open = False
+
+    train(model, tmp_path / "run", prompts, Door, num_steps=1)
+    assert len(made) > 16 + 4 and not any(door.is_open for door in made)
+
+
 def test_an_environment_that_raises(model, prompts, tmp_path):
     broken = type("Broken", (Broken,), {"answer": ZeroDivisionError("its own")})
     with pytest.raises(ZeroDivisionError, match="its own"):
