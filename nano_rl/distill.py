@@ -129,7 +129,7 @@ def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: f
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
-    """Trains, on the rewards of `reward_fn` where one is given, and returns the folder of the run."""
+    """Trains on the teacher, and returns the folder of the run; `reward_fn`, where one is given, is only logged."""
     run = Run(args)
     args = run.args  # complete; with --resume, those of that run
     num_completions = run.num_processes * args.batch_size  # N

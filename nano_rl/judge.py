@@ -8,7 +8,7 @@ Liu et al. 2023 (G-Eval, arXiv 2303.16634) weigh each score by its probability, 
 p is a softmax over those words alone, for the first token of the judge's answer. Nothing is sampled: one forward pass a
 question, and a score that moves smoothly where a written one has nine values. The judge is any causal LM; it reads x, y
 and q in its own chat template, where it has one, and answers at once: a thought that the template opens is closed. The
-default is a toy: of its next word's probability (1) sees a twentieth, (2) an eighth to a quarter.
+default is a toy: (1) and (2) stand on 6 and 13 % of the probability of its next word.
 
     JUDGE_MODEL       a hub name or a folder; in .env or the environment, else the constant below
     JUDGE_QUESTIONS   with "|" between them, for answers of a number from 1 to 9 (score) or Yes and No (yes); there, too
@@ -20,7 +20,7 @@ and y; turns that a template marks by other words can still be forged. There is 
 --kl-coef and a look into completions.jsonl.
 
 A text that does not fit loses its beginning; the question stays whole. What else is judged beside a text changes its
-score by rounding alone (2e-5, in float32).
+score by rounding alone (by 1e-5, in float32).
 
 Run: uv run -m nano_rl.rloo --reward-fn nano_rl.judge:score
      JUDGE_QUESTIONS="Is it a story? Reply with Yes or No." uv run -m nano_rl.grpo --reward-fn nano_rl.judge:yes
@@ -41,7 +41,7 @@ from nano_rl.reinforce import InputError, as_messages, load, show
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SCORE_QUESTIONS = "How good is the assistant's answer? Reply with one number from 1, very bad, to 9, excellent."
 YES_QUESTIONS = "Does the answer do what the user asks? Reply with Yes or No.|Is it well written? Reply with Yes or No."
-DTYPE = torch.float32  # bfloat16 takes half the memory, and moves SmolLM2's scores by 0.06 on average, by 0.27 at most
+DTYPE = torch.float32  # bfloat16 takes half the memory, and moves SmolLM2's scores by 0.02, by 0.05 at most
 MAX_TOKENS = 4096  # in one forward pass, padding included; more only where one text has more
 
 

@@ -285,7 +285,7 @@ def value_of(node: ast.expr) -> Fraction:
     operations = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__}
     operations |= {ast.Div: Fraction.__truediv__}
     match node:
-        case ast.Constant(value=int() | float() as number) if type(number) is not bool:
+        case ast.Constant(value=int() | float() as number):
             value = Fraction(str(number)) if abs(number) < 1e15 else Fraction(10**15)
         case ast.UnaryOp(op=ast.UAdd() | ast.USub() as sign, operand=operand):
             value = value_of(operand) * (-1 if isinstance(sign, ast.USub) else 1)
@@ -296,195 +296,6 @@ def value_of(node: ast.expr) -> Fraction:
     if abs(value) >= 10**15:
         raise OverflowError("too large")
     return value
-
-
-# ---- Several turns --------------------------------------------------------------------------------------------------
-def load_env(name: str) -> type:
-    """A class of this file, or one of another module."""
-    try:
-        module, _, class_name = name.rpartition(":")
-        return getattr(importlib.import_module(module), class_name) if module else globals()[name]
-    except (ValueError, ImportError, AttributeError, KeyError) as error:
-        raise InputError(f"cannot import --env {name} as module:Class ({error!r})") from error
-
-
-def load_starts(args: Args, tokenizer, make_env: Callable[[], object]) -> tuple[list[dict], list[dict]]:
-    """What the episodes' reset() is called with: to train on, and held out."""
-    rows = read_starts(args.prompts) if args.prompts else getattr(make_env(), "starts", list)()
-    rows = list({json.dumps(row): row for row in rows}.values())
-    if len(rows) < 3:
-        raise InputError("give --prompts with 3 different lines or more, of which 2 are held out")
-    num_held_out = max(2, min(32, len(rows) // 4))
-    starts, eval_starts = rows[:-num_held_out], rows[-num_held_out:]
-    if args.eval_prompts:
-        starts, eval_starts = rows, read_starts(args.eval_prompts)
-    for start in starts + eval_starts:
-        close(begin(tokenizer, args, start, make_env()))  # what cannot begin is found now
-    return starts, eval_starts
-
-
-def read_starts(path: str) -> list[dict]:
-    where = f"cannot read {path}"
-    try:
-        rows = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
-            where = f"{path}, line {number}"
-            rows.append(dict(json.loads(line)))
-        return rows
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{where}: each line must be a JSON object, what reset() is called with ({error})") from error
-
-
-def encode_beginning(tokenizer, args: Args, text: str) -> list[int]:
-    """The ids of an episode's first observation."""
-    if args.chat_template and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(as_messages(text, "user"), tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(text)["input_ids"]  # to which some tokenizers add an end
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-
-
-def encode_answer(tokenizer, args: Args, text: str, stop_id: int | None, continues: bool) -> list[int]:
-    """The ids by which a later observation follows an action, which has written `stop_id` at its end, or no stop."""
-    if continues or not (args.chat_template and tokenizer.chat_template):
-        return encode_after(tokenizer, text)
-    turns = as_messages("?", "user") + as_messages("␟", "assistant") + as_messages("␟", "user")
-    whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    _, ending, opening = whole.split("␟")  # of the policy's turn, and of its next
-    ids = encode_after(tokenizer, ending + text + opening)
-    written = encode_after(tokenizer, ending)
-    return ids[written.index(stop_id) + 1 :] if stop_id in written else ids  # it is there already
-
-
-def encode_after(tokenizer, text: str) -> list[int]:
-    """The ids of text that goes on, without the space that some tokenizers put before a beginning."""
-    newline, ids = tokenizer(["\n", "\n" + text], add_special_tokens=False)["input_ids"]
-    has_merged = ids[: len(newline)] != newline
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if has_merged else ids[len(newline) :]
-
-
-def sample_actions(sampler, tokenizer, prompts: list[list[int]], temperature: float, env) -> list[tuple]:
-    """After each prompt an action: its ids, its text, and what it ended at: "stop", "string" or "length"."""
-    width, stop, continues = max(map(len, prompts)), getattr(env, "stop", ""), getattr(env, "continues", False)
-    stop_ids = sampler.generation_config.eos_token_id or []
-    lengths = {}  # of the rows in which `stop` was found
-
-    def is_done(input_ids: Tensor, *_, **__) -> Tensor:
-        for row, ids in enumerate(input_ids[:, width:].tolist()):
-            written = next((t for t, token in enumerate(ids) if token in stop_ids), len(ids))  # what follows is padding
-            if re.search(stop, tokenizer.decode(ids[:written])):
-                lengths.setdefault(row, len(ids))
-        return torch.tensor([row in lengths for row in range(len(input_ids))], device=input_ids.device)
-
-    sampler.generate = partial(type(sampler).generate, sampler, stopping_criteria=[is_done] if stop else [])
-    batch, _ = sample(sampler, tokenizer, [{"prompt_ids": ids, "begun": ""} for ids in prompts], temperature)
-    del sampler.generate  # which holds the sampler, and would keep it
-    actions = []
-    for row, (prompt, ids) in enumerate(zip(prompts, batch["input_ids"][:, width:].tolist())):
-        ids = ids[: lengths.get(row, int(batch["mask"][row].sum()))]
-        end = "stop" if ids[-1] in stop_ids else "string" if row in lengths else "length"
-        last = prompt[-1:] if continues else []  # for the space after it
-        text = tokenizer.decode(last + [i for i in ids if i not in stop_ids]).removeprefix(tokenizer.decode(last))
-        actions.append((ids, text, end))
-    return actions
-
-
-def play(sampler, tokenizer, args: Args, starts: list[dict], make_env: Callable) -> tuple[dict, list[dict]]:
-    """An episode from each start, all side by side: the tensors of `batch` below, and what was said and rewarded."""
-    episodes = [begin(tokenizer, args, start, make_env()) for start in starts]
-    while active := [episode for episode in episodes if not episode["end"]]:
-        contexts = [episode["ids"] for episode in active]
-        actions = sample_actions(sampler, tokenizer, contexts, args.temperature, active[0]["env"])
-        for episode, (ids, text, ended_at) in zip(active, actions):
-            observation, reward, terminated, truncated = take_step(episode["env"], text)
-            episode["rewards"][episode["num_turns"]] = reward
-            for who, said in ((f"policy, {ended_at}", text), ("environment", observation)):
-                lines = said.replace("\n", "\n    ")  # so that no line of one looks like another's
-                episode["transcript"] += f"[{who}] {lines}\n" if said or who != "environment" else ""
-            episode["cut"] += ended_at == "length"
-            stop_id = ids[-1] if ended_at == "stop" else None
-            added = encode_answer(tokenizer, args, observation, stop_id, getattr(episode["env"], "continues", False))
-            is_full = len(episode["ids"] + ids + added) + args.max_new_tokens > tokenizer.model_max_length
-            if terminated or truncated or is_full or episode["num_turns"] + 1 == args.num_turns:
-                episode["end"] = "terminated" if terminated else "truncated"
-                added = []  # nothing is said after it
-            episode["ids"] += ids + added
-            episode["mask"] += [1] * len(ids) + [0] * len(added)
-            episode["turns"] += [episode["num_turns"]] * len(ids + added)
-            episode["num_turns"] += 1
-    for episode in episodes:
-        close(episode)
-    return collate(episodes, tokenizer.pad_token_id, sampler.device), episodes
-
-
-def begin(tokenizer, args: Args, start: dict, env) -> dict:
-    """An episode before its first action."""
-    answer = env.reset(**copy.deepcopy(start))
-    if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], str)):
-        raise InputError(f"the environment's reset() must return (text, info), not {answer!r:.200}")
-    observation, _ = answer
-    ids = encode_beginning(tokenizer, args, observation)
-    room = tokenizer.model_max_length - args.max_new_tokens
-    if not 0 < len(ids) <= room:
-        raise InputError(f"{len(ids)} tokens; context less --max-new-tokens leaves {room}: {start!r:.200}")
-    episode = {"env": env, "prompt": observation, "ids": ids, "num_prompt": len(ids), "mask": [], "turns": []}
-    return episode | {"rewards": [0.0] * args.num_turns, "num_turns": 0, "cut": 0, "end": "", "transcript": ""}
-
-
-def take_step(env, action: str) -> tuple[str, float, bool, bool]:
-    """What an environment answers, checked."""
-    answer = env.step(action)
-    try:
-        observation, reward, terminated, truncated, _ = answer
-        if not isinstance(observation, str) or not math.isfinite(reward):
-            raise ValueError
-    except (TypeError, ValueError) as error:
-        needed = "(text, finite number, terminated, truncated, info)"
-        raise InputError(f"the environment must answer an action with {needed}, not {answer!r:.200}") from error
-    return observation, float(reward), bool(terminated), bool(truncated)
-
-
-def close(episode: dict) -> None:
-    env = episode.pop("env")
-    if hasattr(env, "close"):
-        env.close()
-
-
-def collate(episodes: list[dict], pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """First observations end, and what follows them begins, in the same column."""
-    num_prompt = max(episode["num_prompt"] for episode in episodes)  # P
-    num_tokens = max(len(episode["mask"]) for episode in episodes)  # T
-    rows = {"input_ids": [], "attention_mask": [], "mask": [], "turns": []}
-    for episode in episodes:
-        left, right = num_prompt - episode["num_prompt"], num_tokens - len(episode["mask"])
-        rows["input_ids"].append([pad_id] * left + episode["ids"] + [pad_id] * right)
-        rows["attention_mask"].append([0] * left + [1] * len(episode["ids"]) + [0] * right)
-        rows["mask"].append(episode["mask"] + [0] * right)
-        rows["turns"].append(episode["turns"] + [0] * right)
-    batch = {name: torch.tensor(values, device=device) for name, values in rows.items()}
-    batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T)
-    return batch
-
-
-def evaluate_episodes(run, policy, ref_policy, tokenizer, starts: list[dict], make_env: Callable) -> tuple:
-    """Held-out reward and turns and, what the reward does not see, the KL to π_ref."""
-    args, group_size = run.args, max(1, 32 // len(starts))  # 32 episodes or, of more starts, one each
-    columns = [start for start in run.share(starts) for _ in range(group_size)]
-    samples, table = [], [[torch.zeros(0)] * 3]
-    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
-    sampler = make_sampler(policy, tokenizer, args)
-    for part in [columns[i : i + args.batch_size] for i in range(0, len(columns), args.batch_size)]:
-        batch, episodes = play(sampler, tokenizer, args, part, make_env)
-        rewards = torch.tensor([sum(episode["rewards"]) for episode in episodes])  # (n,)
-        turns = torch.tensor([float(episode["num_turns"]) for episode in episodes])  # (n,)
-        logprobs, ref_logprobs = [score_logprobs(m, batch, args)[batch["mask"].bool()] for m in (policy, ref_policy)]
-        table.append([rewards, turns, (logprobs - ref_logprobs).cpu()])
-        samples.append(("held_out", episodes, [episode["transcript"] for episode in episodes], rewards.tolist()))
-    values = {n: run.gather(torch.cat(parts)) for n, parts in zip(("reward", "turns", "kl"), zip(*table))}
-    means = values["reward"].view(-1, group_size).mean(dim=1)  # of each start
-    standard_error = means.std() / len(means) ** 0.5 if len(means) > 1 else None
-    metrics = {f"eval/{name}": value.mean() for name, value in values.items()}
-    return metrics | {"eval/reward_se": standard_error}, samples
 
 
 # =====================================================================================================================
@@ -908,6 +719,195 @@ class Run:
         show(f"trained {self.saved}: {self.folder / self.saved}")
         self.accelerator.end_training()
         return self.folder
+
+
+# ---- Several turns, which no other file needs -----------------------------------------------------------------------
+def load_env(name: str) -> type:
+    """A class of this file, or one of another module."""
+    try:
+        module, _, class_name = name.rpartition(":")
+        return getattr(importlib.import_module(module), class_name) if module else globals()[name]
+    except (ValueError, ImportError, AttributeError, KeyError) as error:
+        raise InputError(f"cannot import --env {name} as module:Class ({error!r})") from error
+
+
+def load_starts(args: Args, tokenizer, make_env: Callable[[], object]) -> tuple[list[dict], list[dict]]:
+    """What the episodes' reset() is called with: to train on, and held out."""
+    rows = read_starts(args.prompts) if args.prompts else getattr(make_env(), "starts", list)()
+    rows = list({json.dumps(row): row for row in rows}.values())
+    if len(rows) < 3:
+        raise InputError("give --prompts with 3 different lines or more, of which 2 are held out")
+    num_held_out = max(2, min(32, len(rows) // 4))
+    starts, eval_starts = rows[:-num_held_out], rows[-num_held_out:]
+    if args.eval_prompts:
+        starts, eval_starts = rows, read_starts(args.eval_prompts)
+    for start in starts + eval_starts:
+        close(begin(tokenizer, args, start, make_env()))  # what cannot begin is found now
+    return starts, eval_starts
+
+
+def read_starts(path: str) -> list[dict]:
+    where = f"cannot read {path}"
+    try:
+        rows = []
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+            where = f"{path}, line {number}"
+            rows.append(dict(json.loads(line)))
+        return rows
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{where}: each line must be a JSON object, what reset() is called with ({error})") from error
+
+
+def encode_beginning(tokenizer, args: Args, text: str) -> list[int]:
+    """The ids of an episode's first observation."""
+    if args.chat_template and tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(as_messages(text, "user"), tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text)["input_ids"]  # to which some tokenizers add an end
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
+def encode_answer(tokenizer, args: Args, text: str, stop_id: int | None, continues: bool) -> list[int]:
+    """The ids by which a later observation follows an action, which has written `stop_id` at its end, or no stop."""
+    if continues or not (args.chat_template and tokenizer.chat_template):
+        return encode_after(tokenizer, text)
+    turns = as_messages("?", "user") + as_messages("␟", "assistant") + as_messages("␟", "user")
+    whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    _, ending, opening = whole.split("␟")  # of the policy's turn, and of its next
+    ids = encode_after(tokenizer, ending + text + opening)
+    written = encode_after(tokenizer, ending)
+    return ids[written.index(stop_id) + 1 :] if stop_id in written else ids  # it is there already
+
+
+def encode_after(tokenizer, text: str) -> list[int]:
+    """The ids of text that goes on, without the space that some tokenizers put before a beginning."""
+    newline, ids = tokenizer(["\n", "\n" + text], add_special_tokens=False)["input_ids"]
+    has_merged = ids[: len(newline)] != newline
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if has_merged else ids[len(newline) :]
+
+
+def sample_actions(sampler, tokenizer, prompts: list[list[int]], temperature: float, env) -> list[tuple]:
+    """After each prompt an action: its ids, its text, and what it ended at: "stop", "string" or "length"."""
+    width, stop, continues = max(map(len, prompts)), getattr(env, "stop", ""), getattr(env, "continues", False)
+    stop_ids = sampler.generation_config.eos_token_id or []
+    lengths = {}  # of the rows in which `stop` was found
+
+    def is_done(input_ids: Tensor, *_, **__) -> Tensor:
+        for row, ids in enumerate(input_ids[:, width:].tolist()):
+            written = next((t for t, token in enumerate(ids) if token in stop_ids), len(ids))  # what follows is padding
+            if re.search(stop, tokenizer.decode(ids[:written])):
+                lengths.setdefault(row, len(ids))
+        return torch.tensor([row in lengths for row in range(len(input_ids))], device=input_ids.device)
+
+    sampler.generate = partial(type(sampler).generate, sampler, stopping_criteria=[is_done] if stop else [])
+    batch, _ = sample(sampler, tokenizer, [{"prompt_ids": ids, "begun": ""} for ids in prompts], temperature)
+    del sampler.generate  # which holds the sampler, and would keep it
+    actions = []
+    for row, (prompt, ids) in enumerate(zip(prompts, batch["input_ids"][:, width:].tolist())):
+        ids = ids[: lengths.get(row, int(batch["mask"][row].sum()))]
+        end = "stop" if ids[-1] in stop_ids else "string" if row in lengths else "length"
+        last = prompt[-1:] if continues else []  # for the space after it
+        text = tokenizer.decode(last + [i for i in ids if i not in stop_ids]).removeprefix(tokenizer.decode(last))
+        actions.append((ids, text, end))
+    return actions
+
+
+def play(sampler, tokenizer, args: Args, starts: list[dict], make_env: Callable) -> tuple[dict, list[dict]]:
+    """An episode from each start, all side by side: the tensors of `batch` below, and what was said and rewarded."""
+    episodes = [begin(tokenizer, args, start, make_env()) for start in starts]
+    while active := [episode for episode in episodes if not episode["end"]]:
+        contexts = [episode["ids"] for episode in active]
+        actions = sample_actions(sampler, tokenizer, contexts, args.temperature, active[0]["env"])
+        for episode, (ids, text, ended_at) in zip(active, actions):
+            observation, reward, terminated, truncated = take_step(episode["env"], text)
+            episode["rewards"][episode["num_turns"]] = reward
+            for who, said in ((f"policy, {ended_at}", text), ("environment", observation)):
+                lines = said.replace("\n", "\n    ")  # so that no line of one looks like another's
+                episode["transcript"] += f"[{who}] {lines}\n" if said or who != "environment" else ""
+            episode["cut"] += ended_at == "length"
+            stop_id = ids[-1] if ended_at == "stop" else None
+            added = encode_answer(tokenizer, args, observation, stop_id, getattr(episode["env"], "continues", False))
+            is_full = len(episode["ids"] + ids + added) + args.max_new_tokens > tokenizer.model_max_length
+            if terminated or truncated or is_full or episode["num_turns"] + 1 == args.num_turns:
+                episode["end"] = "terminated" if terminated else "truncated"
+                added = []  # nothing is said after it
+            episode["ids"] += ids + added
+            episode["mask"] += [1] * len(ids) + [0] * len(added)
+            episode["turns"] += [episode["num_turns"]] * len(ids + added)
+            episode["num_turns"] += 1
+    for episode in episodes:
+        close(episode)
+    return collate(episodes, tokenizer.pad_token_id, sampler.device), episodes
+
+
+def begin(tokenizer, args: Args, start: dict, env) -> dict:
+    """An episode before its first action."""
+    answer = env.reset(**copy.deepcopy(start))
+    if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], str)):
+        raise InputError(f"the environment's reset() must return (text, info), not {answer!r:.200}")
+    observation, _ = answer
+    ids = encode_beginning(tokenizer, args, observation)
+    room = tokenizer.model_max_length - args.max_new_tokens
+    if not 0 < len(ids) <= room:
+        raise InputError(f"{len(ids)} tokens; context less --max-new-tokens leaves {room}: {start!r:.200}")
+    episode = {"env": env, "prompt": observation, "ids": ids, "num_prompt": len(ids), "mask": [], "turns": []}
+    return episode | {"rewards": [0.0] * args.num_turns, "num_turns": 0, "cut": 0, "end": "", "transcript": ""}
+
+
+def take_step(env, action: str) -> tuple[str, float, bool, bool]:
+    """What an environment answers, checked."""
+    answer = env.step(action)
+    try:
+        observation, reward, terminated, truncated, _ = answer
+        if not isinstance(observation, str) or not math.isfinite(reward):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        needed = "(text, finite number, terminated, truncated, info)"
+        raise InputError(f"the environment must answer an action with {needed}, not {answer!r:.200}") from error
+    return observation, float(reward), bool(terminated), bool(truncated)
+
+
+def close(episode: dict) -> None:
+    env = episode.pop("env")
+    if hasattr(env, "close"):
+        env.close()
+
+
+def collate(episodes: list[dict], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """First observations end, and what follows them begins, in the same column."""
+    num_prompt = max(episode["num_prompt"] for episode in episodes)  # P
+    num_tokens = max(len(episode["mask"]) for episode in episodes)  # T
+    rows = {"input_ids": [], "attention_mask": [], "mask": [], "turns": []}
+    for episode in episodes:
+        left, right = num_prompt - episode["num_prompt"], num_tokens - len(episode["mask"])
+        rows["input_ids"].append([pad_id] * left + episode["ids"] + [pad_id] * right)
+        rows["attention_mask"].append([0] * left + [1] * len(episode["ids"]) + [0] * right)
+        rows["mask"].append(episode["mask"] + [0] * right)
+        rows["turns"].append(episode["turns"] + [0] * right)
+    batch = {name: torch.tensor(values, device=device) for name, values in rows.items()}
+    batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # (n, P + T)
+    return batch
+
+
+def evaluate_episodes(run, policy, ref_policy, tokenizer, starts: list[dict], make_env: Callable) -> tuple:
+    """Held-out reward and turns and, what the reward does not see, the KL to π_ref."""
+    args, group_size = run.args, max(1, 32 // len(starts))  # 32 episodes or, of more starts, one each
+    columns = [start for start in run.share(starts) for _ in range(group_size)]
+    samples, table = [], [[torch.zeros(0)] * 3]
+    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
+    sampler = make_sampler(policy, tokenizer, args)
+    for part in [columns[i : i + args.batch_size] for i in range(0, len(columns), args.batch_size)]:
+        batch, episodes = play(sampler, tokenizer, args, part, make_env)
+        rewards = torch.tensor([sum(episode["rewards"]) for episode in episodes])  # (n,)
+        turns = torch.tensor([float(episode["num_turns"]) for episode in episodes])  # (n,)
+        logprobs, ref_logprobs = [score_logprobs(m, batch, args)[batch["mask"].bool()] for m in (policy, ref_policy)]
+        table.append([rewards, turns, (logprobs - ref_logprobs).cpu()])
+        samples.append(("held_out", episodes, [episode["transcript"] for episode in episodes], rewards.tolist()))
+    values = {n: run.gather(torch.cat(parts)) for n, parts in zip(("reward", "turns", "kl"), zip(*table))}
+    means = values["reward"].view(-1, group_size).mean(dim=1)  # of each start
+    standard_error = means.std() / len(means) ** 0.5 if len(means) > 1 else None
+    metrics = {f"eval/{name}": value.mean() for name, value in values.items()}
+    return metrics | {"eval/reward_se": standard_error}, samples
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Copies the machinery of reinforce.py into the other files: uv run tests/same.py
 
-Into the ladder's as a whole, the text below the banner; into those before RL, each function and class that they share.
+Into the ladder's as a whole, the text below the banner, where multi_turn.py keeps a block of its own; into those before
+RL, each function and class that they share.
 """
 
 import ast
+import re
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "nano_rl"
 BANNER = "# " + 117 * "=" + "\n"
 BEFORE_RL = ("reward_model", "sft")
+TURNS = re.compile(r"^# ---- Several turns.*?(?=^if __name__)", re.DOTALL | re.MULTILINE)  # of multi_turn.py
 OWN = {"Args", "compute_loss", "train"}  # of each file
 
 
@@ -35,7 +38,9 @@ def copy(folder: Path) -> list[str]:
     for file in sorted(folder.glob("[a-z]*.py")):
         source = file.read_text(encoding="utf-8")
         above, below = split(source)
-        new = above + split(original)[1] if below != BANNER else source  # the banner alone: a file that has none
+        block = "".join(TURNS.findall(below))
+        text = split(original)[1].replace("if __name__", block + "if __name__")
+        new = above + text if below != BANNER else source  # the banner alone: a file that has none
         if file.stem in BEFORE_RL:
             new, ours = source, definitions(original)
             for name, text in definitions(source).items():

@@ -52,6 +52,7 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
 
     monkeypatch.setattr(run, "run_job", pretend)
     monkeypatch.setattr(run.AutoTokenizer, "from_pretrained", lambda _: make_tokenizer())
+    monkeypatch.setattr(run, "doubts", lambda *_: None)  # which asks the real judge
     monkeypatch.setattr(run.judges, "score", lambda prompts, completions: [len(text) + 1.0 for text in completions])
     monkeypatch.setattr(run.judges, "yes", lambda prompts, completions: [0.5 for _ in completions])
     run.main(run.Args(name, data=tmp_path / "data", output_dir=tmp_path / "out", workers=1))

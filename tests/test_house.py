@@ -85,12 +85,13 @@ def test_neighbours_differ_by_the_idea_alone(names, most, tmp_path):
     assert 0 < sum(line[:1] in ("<", ">") for line in diff.splitlines()) <= most
 
 
-@pytest.mark.parametrize("name", [*ABOVE, *same.BEFORE_RL])
+@pytest.mark.parametrize("name", [*ABOVE, "multi_turn", *same.BEFORE_RL])
 def test_what_a_lesson_leaves_out(name):
     """One class of machinery, nothing passed on unseen, no state on functions, no exit out of a library call."""
     tree = ast.parse((ROOT / "nano_rl" / f"{name}.py").read_text())
     classes = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    assert classes == ["Args", "InputError", "Run"]
+    environments = ["HigherOrLower", "Lines"] if name == "multi_turn" else []
+    assert classes == ["Args", *environments, "InputError", "Run"]
     calls = [ast.unparse(node) for node in ast.walk(tree.body[-1]) if isinstance(node, ast.Call)]
     assert "sys.exit(str(error))" in calls, "the program says an error in one line"
     for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
@@ -101,17 +102,17 @@ def test_what_a_lesson_leaves_out(name):
 
 
 def test_several_turns_in_one_file():
-    """The lesson, the environments and what several turns need, each in its place; below, the ladder's text."""
+    """The lesson and its environments; below the banner the ladder's text, and one block that several turns need."""
     above, below = above_and_below("multi_turn")
-    lesson, _, rest = above.partition("# ---- Environments ")
-    environments, _, turns = rest.partition("# ---- Several turns ")
-    assert below == above_and_below("reinforce")[1] and turns.count("\n") > 100
+    lesson, _, environments = above.partition("# ---- Environments ")
+    (block,) = same.TURNS.findall(below)
+    assert below.replace(block, "") == above_and_below("reinforce")[1] and block.count("\n") > 100
     assert lesson.count("\n") <= 270 and environments.count("\n") <= 120
     assert len(lesson) / lesson.count("\n") <= 60, "characters a line, on average"
 
 
 def test_same_copies_what_stands_below_the_banner(tmp_path):
-    for name in ABOVE:
+    for name in [*ABOVE, "multi_turn"]:
         shutil.copy(ROOT / "nano_rl" / f"{name}.py", tmp_path)
     (tmp_path / "other.py").write_text("print()\n")
     sft = tmp_path / "sft.py"
@@ -119,9 +120,13 @@ def test_same_copies_what_stands_below_the_banner(tmp_path):
     rloo = tmp_path / "rloo.py"
     whole = rloo.read_text()
     rloo.write_text(whole.replace("return texts", "return").replace("class InputError", "class Other"))
+    turns = tmp_path / "multi_turn.py"
+    several = turns.read_text()
+    turns.write_text(several.replace("class InputError", "class Other"))
     lesson = sft.read_text()
     sft.write_text(lesson.replace("def interrupt", "def other").replace("is not empty: choose", "is full: choose"))
-    assert same.copy(tmp_path) == ["rloo.py", "sft.py"] and (rloo.read_text(), sft.read_text()) == (whole, lesson)
+    assert same.copy(tmp_path) == ["multi_turn.py", "rloo.py", "sft.py"]
+    assert (turns.read_text(), rloo.read_text(), sft.read_text()) == (several, whole, lesson)
     assert same.copy(tmp_path) == [] and (tmp_path / "other.py").read_text() == "print()\n"
 
 

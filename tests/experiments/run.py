@@ -40,6 +40,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
 from typing import Literal
+from unittest import mock
 
 import torch
 import tyro
@@ -306,7 +307,6 @@ def distill(args: Args) -> None:
     answer = f"{ask} --policies {teacher} --prompts {learn} --num-samples 2 --temperature 1"
     answer += f" --output-dir {args.output_dir}/answers"
     run(args, {f"answers-{seed}": f"{answer}-{seed} --seed {seed}" for seed in args.seeds})
-    study = "--learning-rate 2e-5"
     tokenizer, tokens, students = AutoTokenizer.from_pretrained(teacher), {}, {"teacher": teacher}
     for seed in args.seeds:
         rows = read(args.output_dir / f"answers-{seed}/completions.jsonl")
@@ -315,11 +315,9 @@ def distill(args: Args) -> None:
         tokens[seed] = mean(min(length, 32) for length in lengths)
         whole = [row for row, length in zip(rows, lengths) if length <= 32]  # no end where there was none
         data = write(args.output_dir / f"answers-{seed}.jsonl", whole)
-        sft = {
-            f"sft-{steps}-{seed}": f"sft {study} --data {data} --num-steps {steps} --seed {seed}" for steps in (5, 10)
-        }
-        train(args, sft)
-        students |= {name: args.output_dir / name / "policy" for name in sft}
+        study = f"sft --learning-rate 2e-5 --data {data} --seed {seed}"
+        train(args, {f"sft-{steps}-{seed}": f"{study} --num-steps {steps}" for steps in (5, 10)})
+        students |= {f"sft-{steps}-{seed}": args.output_dir / f"sft-{steps}-{seed}/policy" for steps in (5, 10)}
     one = f"{ask} --prompts {test} --num-samples 1 --policies"  # as an evaluation in a run does
     run(args, {f"test-{n}": f"{one} {path} --output-dir {args.output_dir}/test-{n}" for n, path in students.items()})
     tests = {n: json.loads((args.output_dir / f"test-{n}/comparison.json").read_text())["table"] for n in students}
@@ -335,9 +333,8 @@ def distill(args: Args) -> None:
             rows.append([f"{name}, {step} steps", estimate(sampled, 0), estimate(shares)])
     for steps in (5, 10):
         sampled = [16 * steps * tokens[seed] for seed in args.seeds]
-        rows.append(
-            [f"sft, {steps} steps", estimate(sampled, 0), estimate([right[f"sft-{steps}-{s}"] for s in args.seeds])]
-        )
+        shares = [right[f"sft-{steps}-{seed}"] for seed in args.seeds]
+        rows.append([f"sft, {steps} steps", estimate(sampled, 0), estimate(shares)])
     show(["student", "sampled tokens", f"right, of {len(read(test))}"], rows)
 
 
@@ -397,9 +394,15 @@ def judge(args: Args) -> None:
     show(["file", *LEARNING], [["rloo", *learning(args, "rloo")]])
     lines = read(args.output_dir / f"rloo-{args.seeds[0]}/completions.jsonl")
     held_out = [line for line in lines if line["split"] == "held_out"]
-    for line in random.Random(0).sample([line for line in held_out if line["step"] == held_out[-1]["step"]], 3):
+    start, end = ([line for line in held_out if line["step"] == step] for step in (0, held_out[-1]["step"]))
+    for line in random.Random(0).sample(end, 3):
         print(f"\n{line['prompt']}\n  > {' '.join(line['completion'].split())}")
-    start = [line for line in held_out if line["step"] == 0]
+    rows = []
+    for when, part in (("before", start), ("after", end)):
+        topics = sum(line["prompt"].split()[-1].strip(".") in line["completion"].lower() for line in part)
+        makers = sum("Hugging Face" in line["completion"] for line in part)
+        rows.append([f"{when}, of {len(part)} stories", f"{topics}", f"{makers}"])
+    show(["", "name their topic", "name Hugging Face"], rows)
     prompts, stories = [line["prompt"] for line in start], [line["completion"] for line in start]
     rows, before = [], {}
     for name, texts in spoil(stories, random.Random(0)).items():
@@ -412,6 +415,28 @@ def judge(args: Args) -> None:
             cells += [estimate(scores), estimate(differences)]
         rows.append([name, *cells])
     show([f"{len(stories)} stories", "score", "difference", "yes", "difference"], rows)
+    doubts(prompts, stories)
+
+
+def doubts(prompts: list[str], stories: list[str]) -> None:
+    """What moves a score beside the text, and how much of its probability the judge gives to the words that count."""
+    seen, next_token_logits = [], judges.next_token_logits
+    with mock.patch.object(judges, "next_token_logits", lambda *i: seen.append(next_token_logits(*i)) or seen[-1]):
+        together = judges.score(prompts, stories)
+        judges.yes(prompts, stories)
+    frames = [(judges.SCORE_QUESTIONS, "123456789"), (judges.YES_QUESTIONS.split("|")[0], ("Yes", "No"))]
+    for logits, (question, words) in zip(seen, frames):
+        _, _, ids = judges.make_frame(judges.MODEL, question, tuple(words))
+        share = logits.softmax(dim=1)[:, ids].sum(dim=1).mean().item()
+        print(f"{', '.join(words)}: {share:.3f} of the probability of its next word")
+    alone = [judges.score([prompt], [story])[0] for prompt, story in zip(prompts, stories)]
+    with mock.patch.object(judges, "DTYPE", torch.bfloat16):
+        judges.load_judge.cache_clear()
+        rough = judges.score(prompts, stories)
+    judges.load_judge.cache_clear()
+    for name, scores in (("judged alone", alone), ("in bfloat16", rough)):
+        gaps = [abs(score - other) for score, other in zip(scores, together)]
+        print(f"{name} a score moves by {mean(gaps):.2g}, at most by {max(gaps):.2g}")
 
 
 def baselines(args: Args) -> None:
