@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import tyro
 from tiny import make_tokenizer
-from transformers import TrainerState
 
 from nano_rl import compare, rloo
 from tests.experiments import run, trl_run
@@ -41,6 +41,9 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         written.update(map(str, (folder, folder / "policy", folder / "reward_model")))
         steps = {0: {"eval/reward": 0.25}, 5: {"eval/reward": 0.375}, 10: {}}
         run.write(folder / "metrics.jsonl", [METRICS | row | {"step": step} for step, row in steps.items()])
+        config = {"algorithm": file.rpartition(".")[2]} | {name: str(value) for name, value in parsed.items()}
+        numbers = {name: value for name, value in parsed.items() if isinstance(value, int | float)}
+        (folder / "config.json").write_text(json.dumps(config | numbers))
         row = {"split": "held_out", "completion": "b c"}
         evaluations = [row | {"step": step, "reward": step - 1.0, "prompt": p} for step in (0, 12) for p in "aabb"]
         run.write(folder / "completions.jsonl", evaluations)
@@ -55,7 +58,7 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
     monkeypatch.setattr(run, "doubts", lambda *_: None)  # which asks the real judge
     monkeypatch.setattr(run.judges, "score", lambda prompts, completions: [len(text) + 1.0 for text in completions])
     monkeypatch.setattr(run.judges, "yes", lambda prompts, completions: [0.5 for _ in completions])
-    run.main(run.Args(name, data=tmp_path / "data", output_dir=tmp_path / "out", workers=1))
+    run.main(run.Args(name, data=tmp_path / "data", seeds=(0, 1, 2), output_dir=tmp_path / "out", workers=1))
     out = capsys.readouterr().out
     if name == "arithmetic":
         assert "| grpo | 0.250 ± 0.000 | 0.000 ± 0.000 | 0.250, 0.250, 0.250 |" in out
@@ -70,13 +73,31 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert 63 < len(rows) < 3 * 63 and all(row["completion"].isdigit() for row in rows)
         assert max(len(row["prompt"]) for row in rows) == 5 and rows[0]["prompt"][0]["role"] == "user"
     elif name == "sums":
-        assert "| start | " in out and "| ppo-2e-5 | " in out and "| maxrl-4e-5 | " in out and " | 60 ± 0 |" in out
+        assert "| start | " in out and "| maxrl | " in out and "| trl-dapo | " in out and "raft" not in out
+        assert " | 32 ± 0 | 4 ± 0 | 60 ± 0 |" in out and " | 64 ± 0 | 2 ± 0 |" in out  # GRPO; ReMax, with greedy ones
     else:
-        assert "| 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 | +0.250, +0.250, +0.250 | 50 ± 0 |" in out
+        assert "| 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 | +0.250, +0.250, +0.250" in out
+    if name in ("ladder", "trl"):
+        assert " | 0.500 ± 0.000 | 0.500 ± 0.000 |" in out  # the completion "b c" names b
+    if name == "ladder":
+        assert "of 15 differences" in out and "| reinforce - rloo | 0.000 ± 0.000 | 1.000 |" in out
+        assert out.count("\n  before (-1.000): b c\n  after (11.000): b c") == 3
     if name == "judge":
         assert "| nothing | 1.000 ± 0.000 | -3.000 ± 0.000 | 0.500 ± 0.000 | 0.000 ± 0.000 |" in out
     if name == "imdb":
         assert "| ppo | 0.000 ± 0.000 | 1.000 ± 0.000 | 0.250 ± 0.000 |" in out
+
+
+def test_differences_are_as_rare_as_they_are(capsys):
+    """Two files and three seeds: 8 relabelings, of which 2 have the largest difference of 3 and all the least of 1."""
+    run.differences(run.Args("ladder"), {"a": [2.0, 5.0, 9.0], "b": [1.0, 1.0, 5.0]})
+    _, _, row = capsys.readouterr().out.splitlines()
+    name, gap, p = row.strip("| ").split(" | ")
+    assert (name, gap) == ("a - b", "3.000 ± 1.000") and float(p) == pytest.approx(2 / 8, abs=0.02)
+    files = {name: [0.1 * i % 0.7 for i in range(k, k + 6)] for k, name in enumerate("abcdef")}
+    run.differences(run.Args("ladder"), files | {"g": [9.0 + i for i in range(6)]})
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert all("g" in row and row.endswith("| 0.000 |") for row in rows) and len(rows) == 6
 
 
 def test_a_job_runs_once_and_a_failure_says_where(tmp_path, capsys):
@@ -98,8 +119,9 @@ def test_trl_is_evaluated_and_written_down_like_our_own_run(model, tmp_path, mon
     seen = {}
 
     class Trainer:  # in the place of TRL's, which the tests do not install
-        def __init__(self, algorithm, policy, tokenizer, prompts, reward_fn, callback, **options):
-            seen.update(prompts=prompts, options=options, rewards=reward_fn(["a"], ["one one"], note=[1]))
+        def __init__(self, algorithm, policy, tokenizer, rows, reward_fn, callback, **options):
+            prompts, rewards = [row["prompt"] for row in rows], reward_fn(["a"], ["one one"], note=[1])
+            seen.update(prompts=prompts, options=options, rewards=rewards)
             self.policy, self.callback = policy, callback
 
         def train(self):
@@ -107,7 +129,7 @@ def test_trl_is_evaluated_and_written_down_like_our_own_run(model, tmp_path, mon
             self.callback.on_train_begin(None)
             for step in range(1, 6):
                 self.policy.get_input_embeddings().weight.data += 0.1
-                self.callback.on_step_end(None, TrainerState(global_step=step))
+                self.callback.on_step_end(None, transformers.TrainerState(global_step=step))
             assert torch.equal(torch.get_rng_state(), random_state)
 
     monkeypatch.setattr(trl_run, "make_trainer", Trainer)
@@ -123,6 +145,10 @@ def test_trl_is_evaluated_and_written_down_like_our_own_run(model, tmp_path, mon
     held_out = {row["prompt"] for row in samples}
     assert len(held_out) == 8 and len(seen["prompts"]) == 24 and not held_out & set(seen["prompts"])
     assert seen["options"]["max_steps"] == 5 and seen["options"]["seed"] == 3
+    assert seen["options"]["learning_rate"] == rloo.Args.learning_rate and seen["options"]["loss_type"] == "grpo"
+    policy = rloo.load(transformers.AutoModelForCausalLM, str(tmp_path / "trl/policy"), torch.device("cpu"))[0]
+    start = rloo.load(transformers.AutoModelForCausalLM, model, torch.device("cpu"))[0]
+    assert torch.allclose(policy.get_input_embeddings().weight, start.get_input_embeddings().weight + 0.5, atol=1e-5)
     penalty = 0.5 * (1 - 2 / rloo.MIN_WORDS)
     assert seen["rewards"] == pytest.approx([0.5 - penalty])  # one of two words is new
     config, curve = compare.read_run(tmp_path / "trl", "eval/reward", "step")

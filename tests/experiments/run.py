@@ -6,7 +6,7 @@
     uv run -m tests.experiments.run preferences --data FOLDER    # reward models, and REINFORCE on their scores
     uv run -m tests.experiments.run imdb --data FOLDER           # SFT, a sentiment classifier, RLOO, REINFORCE and PPO
     uv run -m tests.experiments.run arithmetic                   # answers that are right or wrong
-    uv run -m tests.experiments.run sums --seeds 3               # ladder and variants: answers that are right or wrong
+    uv run --with trl==1.16.0 --with datasets -m tests.experiments.run sums    # answers that are right or wrong
     uv run -m tests.experiments.run distill                      # a student beside GRPO, and beside SFT on the teacher
     uv run -m tests.experiments.run turns --data FOLDER --seeds 0 1 2 3 4     # a game, and GSM8K line by line
     uv run -m tests.experiments.run judge --seeds 0              # a language model as reward, and what it prefers
@@ -25,6 +25,7 @@ Each run is a process with its share of the cores, --workers at a time. One that
 experiment that was stopped goes on. A ± is a standard error over seeds, that of a held-out accuracy one over prompts.
 """
 
+import itertools
 import json
 import math
 import os
@@ -54,6 +55,7 @@ from nano_rl.gsm8k import correct, formatted
 LADDER = "reinforce rloo remax raft grpo ppo".split()
 VARIANTS = "dr_grpo gspo cispo dapo reinforce_pp maxrl".split()
 BASELINES = "none mean ema scst".split()
+TRL_LOSSES = "grpo dr_grpo dapo".split()
 RULES = "correct formatted".split()  # of gsm8k.py
 EXPERIMENTS = tuple(
     "ladder sweep trl preferences imdb arithmetic sums distill turns judge baselines brevity variance".split()
@@ -64,7 +66,7 @@ EXPERIMENTS = tuple(
 class Args:
     experiment: tyro.conf.Positional[Literal[EXPERIMENTS]]
     data: Path | None = None  # folder of train.jsonl and test.jsonl
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     workers: int = 2  # runs at a time
     output_dir: Path = Path("runs/experiments")  # what is in it already is not run again
     flags: str = ""  # more flags for every training run, as in --flags="--num-steps 2"
@@ -142,9 +144,9 @@ def learning(args: Args, name: str) -> list[str]:
     metrics = [read(args.output_dir / name / "metrics.jsonl") for name in names]
     costs = [json.loads((args.output_dir / f"{name}.json").read_text()) for name in names]
     after = {key: [rows[-1][f"eval/{key}"] for rows in metrics] for key in ("reward", "words", "kl", "ref_logprob")}
-    gains = [rows[-1]["eval/reward"] - rows[0]["eval/reward"] for rows in metrics]
-    cells = [estimate([rows[0]["eval/reward"] for rows in metrics]), estimate(after["reward"]), estimate(gains)]
-    cells += [", ".join(f"{gain:+.3f}" for gain in gains)]
+    rises = gains(args, name)
+    cells = [estimate([rows[0]["eval/reward"] for rows in metrics]), estimate(after["reward"]), estimate(rises)]
+    cells += [", ".join(f"{rise:+.3f}" for rise in rises)]
     cells += [estimate(after["words"], 0), estimate(after["kl"], 2), estimate(after["ref_logprob"], 2)]
     return cells + [estimate([cost["seconds"] for cost in costs], 0), f"{max(c['memory'] for c in costs):.1f}"]
 
@@ -153,10 +155,81 @@ LEARNING = ["before", "after", "gain", "of each seed", "words", "KL a token", "l
 
 
 # ---- The experiments ------------------------------------------------------------------------------------------------
+def stories(args: Args, names: list[str]) -> None:
+    """The table of what train_seeds ran under the names, and whether its stories are about their topics."""
+    rows = []
+    for name in names:
+        shares = [topics(args.output_dir / f"{name}-{seed}") for seed in args.seeds]
+        rows.append([name, *learning(args, name), *map(estimate, zip(*shares))])
+    show(["file", *LEARNING, "name their topic before", "after"], rows)
+
+
+def topics(folder: Path) -> list[float]:
+    """The share of held-out stories that name their topic, the prompt's last word, before and after."""
+    held_out = [line for line in read(folder / "completions.jsonl") if line["split"] == "held_out"]
+    named = {step: [] for step in (held_out[0]["step"], held_out[-1]["step"])}
+    for line in held_out:
+        if line["step"] in named:
+            named[line["step"]].append(line["prompt"].split()[-1].strip(".") in line["completion"].lower())
+    return list(map(mean, named.values()))
+
+
 def ladder(args: Args) -> None:
     """The six files with their defaults."""
     train_seeds(args, {file: file for file in LADDER})
-    show(["file", *LEARNING], [[file, *learning(args, file)] for file in LADDER])
+    stories(args, LADDER)
+    differences(args, {file: gains(args, file) for file in LADDER})
+    examples(args, "reinforce")
+
+
+def budget(args: Args, name: str) -> list[str]:
+    """Completions that were sampled and scored in training, and Adam steps of the policy, over the seeds."""
+    completions, updates = [], []
+    for seed in args.seeds:
+        folder = args.output_dir / f"{name}-{seed}"
+        config, steps = json.loads((folder / "config.json").read_text()), read(folder / "metrics.jsonl")[1:]
+        sampled = sum(row.get("completions/num_sampled", config["batch_size"]) for row in steps)
+        completions.append(sampled * (2 if config["algorithm"] == "remax" else 1))  # and a greedy one for each
+        a_step = config.get("num_updates") or config.get("num_epochs", 1) * config.get("num_minibatches", 1)
+        updates.append(a_step * (len(steps) - config.get("value_warmup_steps", 0)))
+    return [estimate(completions, 0), estimate(updates, 0)]
+
+
+def gains(args: Args, name: str) -> list[float]:
+    """Held-out reward after less before, of each seed."""
+    metrics = [read(args.output_dir / f"{name}-{seed}/metrics.jsonl") for seed in args.seeds]
+    return [rows[-1]["eval/reward"] - rows[0]["eval/reward"] for rows in metrics]
+
+
+def differences(args: Args, values: dict[str, list[float]]) -> None:
+    """Of each pair of files, paired by seed, and how often chance alone makes one as large between any two.
+
+    If no file is better, a seed's values may as well stand under other names (Tukey 1953, by randomization). p counts
+    relabelings whose largest difference of means is at least this one, so it is corrected for the number of pairs.
+    """
+    table, chance = torch.tensor(list(values.values()), dtype=torch.float64), torch.Generator().manual_seed(0)
+    orders = torch.rand(10_000, *table.shape, generator=chance).argsort(dim=1)  # (10000, files, seeds)
+    means = table.expand(len(orders), -1, -1).gather(1, orders).mean(dim=2)  # (10000, files)
+    ranges = means.amax(dim=1) - means.amin(dim=1)  # (10000,)
+    rows = []
+    for (one, a), (other, b) in itertools.combinations(values.items(), 2):
+        gaps = [x - y for x, y in zip(a, b, strict=True)]
+        p = (ranges >= abs(mean(gaps)) - 1e-9).double().mean().item()
+        rows.append((p, [f"{one} - {other}", estimate(gaps), f"{p:.3f}"]))
+    rows.sort(key=lambda row: row[0])
+    show([f"of {len(rows)} differences, the clearest", "", "p, corrected"], [cells for _, cells in rows[:6]])
+
+
+def examples(args: Args, name: str) -> None:
+    """Three prompts of the first seed's held-out ones, drawn at random, with the first story before and after."""
+    lines = read(args.output_dir / f"{name}-{args.seeds[0]}/completions.jsonl")
+    lines = [line for line in lines if line["split"] == "held_out"]
+    before, after = ([line for line in lines if line["step"] == step] for step in (0, lines[-1]["step"]))
+    pairs = random.Random(0).sample(list(zip(before, after, strict=True)), 3)
+    for pair in pairs:
+        print(f"\n{pair[0]['prompt']}")
+        for when, line in zip(("before", "after"), pair):
+            print(f"  {when} ({line['reward']:.3f}): {' '.join(line['completion'].split())}")
 
 
 def sweep(args: Args) -> None:
@@ -167,15 +240,16 @@ def sweep(args: Args) -> None:
     show(["file and rate", *LEARNING], [[name, *learning(args, name)] for name in jobs])
 
 
+def train_trl(args: Args, jobs: dict[str, str]) -> list[str]:
+    """As train_seeds, by TRL's trainers; returns the names."""
+    jobs = {f"{name}-{seed}": f"{job} {args.flags} --seed {seed}" for seed in args.seeds for name, job in jobs.items()}
+    run(args, {n: f"tests.experiments.trl_run {job} --output-dir {args.output_dir / n}" for n, job in jobs.items()})
+    return list(dict.fromkeys(name.rpartition("-")[0] for name in jobs))
+
+
 def trl(args: Args) -> None:
     """TRL's two trainers, given the same budget."""
-    algorithms = ("rloo", "grpo")
-    jobs = {f"trl-{name}-{seed}": f"{name} {args.flags} --seed {seed}" for seed in args.seeds for name in algorithms}
-    run(
-        args,
-        {name: f"tests.experiments.trl_run {job} --output-dir {args.output_dir / name}" for name, job in jobs.items()},
-    )
-    show(["trainer", *LEARNING], [[name, *learning(args, f"trl-{name}")] for name in algorithms])
+    stories(args, train_trl(args, {"trl-rloo": "rloo", "trl-grpo": "grpo"}))
 
 
 def preferences(args: Args) -> None:
@@ -270,25 +344,27 @@ def arithmetic(args: Args) -> None:
 
 
 def sums(args: Args) -> None:
-    """Ladder and variants at two learning rates: the share right of 128 unseen questions, greedily."""
+    """All files whose rewards may tie, and TRL's GRPO: the share right of 128 unseen questions, greedily."""
     learn, test = questions.write(questions.Args(output_dir=str(args.output_dir)))
-    task = f"--prompts {learn} --reward-fn nano_rl.sums:correct --max-new-tokens 32 --eval-every 0"
-    files = {"2e-5": LADDER + VARIANTS, "4e-5": LADDER[:-1] + VARIANTS}  # without PPO, which takes twice as long
-    jobs = {f"{file}-{rate}": f"{file} {task} --learning-rate {rate}" for rate in files for file in files[rate]}
-    train_seeds(args, jobs)
-    names = [f"{name}-{seed}" for name in jobs for seed in args.seeds]
+    task = f"--prompts {learn} --reward-fn nano_rl.sums:correct --max-new-tokens 32 --eval-every 0 --num-steps 10"
+    files = [file for file in LADDER + VARIANTS if file != "raft"]  # which has no one best among equals
+    train_seeds(args, {file: f"{file} {task} --learning-rate 2e-5" for file in files})
+    trained = files + train_trl(args, {f"trl-{loss}": f"grpo {task} --loss-type {loss}" for loss in TRL_LOSSES})
+    names = [f"{name}-{seed}" for name in trained for seed in args.seeds]
     ask = f"nano_rl.compare --prompts {test} --all-prompts --reward-fn nano_rl.sums:correct --temperature 0"
     ask += " --num-samples 1 --max-new-tokens 32 --batch-size 64 --policies"
     policies = {"start": reinforce.Args.model} | {name: args.output_dir / name / "policy" for name in names}
     run(args, {f"test-{n}": f"{ask} {path} --output-dir {args.output_dir}/test-{n}" for n, path in policies.items()})
     tests = {n: json.loads((args.output_dir / f"test-{n}/comparison.json").read_text())["table"] for n in policies}
     right = {n: next(iter(table["reward"].values()))["mean"] for n, table in tests.items()}
-    rows = [["start", f"{right['start']:.3f}", ""]]
-    for name in jobs:
+    rows, shares = [["start", f"{right['start']:.3f}", "", "", "", ""]], {}
+    for name in trained:
+        shares[name] = [right[f"{name}-{seed}"] for seed in args.seeds]
         costs = [json.loads((args.output_dir / f"{name}-{seed}.json").read_text()) for seed in args.seeds]
         seconds = estimate([cost["seconds"] for cost in costs], 0)
-        rows.append([name, estimate([right[f"{name}-{seed}"] for seed in args.seeds]), seconds])
-    show(["file and rate", "right, of 128", "seconds"], rows)
+        rows.append([name, estimate(shares[name]), f"{min(shares[name]):.3f}", *budget(args, name), seconds])
+    show(["file", "right, of 128", "the least", "completions", "Adam steps", "seconds"], rows)
+    differences(args, shares)
 
 
 def distill(args: Args) -> None:

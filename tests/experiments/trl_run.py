@@ -3,10 +3,10 @@
     uv run --with trl==1.16.0 --with datasets -m tests.experiments.trl_run rloo --output-dir runs/trl-rloo
 
 Model, prompts, reward, completions and steps, temperature, precision, Adam, its constant learning rate and, for GRPO,
-the paper's loss are what nano_rl/rloo.py and grpo.py have by default, and there is no KL. The rest is TRL's default,
-such as one update on a batch (GRPO's here are two), fused attention, one pass for all completions and samples from
-float32 weights under autocast (ours come from a bfloat16 copy), but for gradient checkpointing, which is off: it costs
-time to save memory.
+the paper's loss are what nano_rl/rloo.py and grpo.py have, by default or by the same flags, and there is no KL. The
+rest is TRL's default, such as one update on a batch (GRPO's here are two), fused attention, one pass for all
+completions and samples from float32 weights under autocast (ours come from a bfloat16 copy), but for gradient
+checkpointing, which is off: it costs time to save memory.
 """
 
 import json
@@ -27,14 +27,19 @@ class Args:
     algorithm: Positional[Literal["rloo", "grpo"]]
     output_dir: Path
     model: str = rloo.Args.model
+    prompts: str = ""  # as in rloo.py, like the next
+    reward_fn: str = ""
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"  # of GRPO; the default is the paper's, as in grpo.py
+    learning_rate: float = rloo.Args.learning_rate
+    batch_size: int = rloo.Args.batch_size
     seed: int = 0
     num_steps: int = 15
     max_new_tokens: int = rloo.Args.max_new_tokens
     eval_every: int = rloo.Args.eval_every
 
 
-def make_trainer(algorithm: str, model, tokenizer, prompts: list, reward_fn, callback, **options):
-    """TRL's trainer of `algorithm`; `options` are of its config."""
+def make_trainer(algorithm: str, model, tokenizer, rows: list[dict], reward_fn, callback, loss_type="grpo", **options):
+    """TRL's trainer of `algorithm` on rows of "prompt" and other columns; `options` are of its config."""
     import datasets
     import trl
 
@@ -44,7 +49,6 @@ def make_trainer(algorithm: str, model, tokenizer, prompts: list, reward_fn, cal
     config = config_class(
         num_generations=rloo.Args.group_size,
         temperature=rloo.Args.temperature,
-        learning_rate=rloo.Args.learning_rate,
         lr_scheduler_type="constant",
         beta=0.0,
         bf16=rloo.has_bfloat16(torch.device("cuda" if cuda else "cpu")),
@@ -53,10 +57,10 @@ def make_trainer(algorithm: str, model, tokenizer, prompts: list, reward_fn, cal
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        **({"loss_type": "grpo"} if algorithm == "grpo" else {}),  # the paper's, as in grpo.py
+        **({"loss_type": loss_type} if algorithm == "grpo" else {}),
         **options,
     )
-    rows = [{"prompt": rloo.as_messages(prompt, "user")} for prompt in prompts]
+    rows = [row | {"prompt": rloo.as_messages(row["prompt"], "user")} for row in rows]
     return trainer_class(
         model=model,
         args=config,
@@ -82,9 +86,8 @@ class Evaluations(transformers.TrainerCallback):
 
 
 def main(args: Args) -> None:
-    ours = rloo.Args(
-        model=args.model, seed=args.seed, max_new_tokens=args.max_new_tokens, output_dir=str(args.output_dir)
-    )
+    given = {name: value for name, value in asdict(args).items() if hasattr(rloo.Args, name)}
+    ours = rloo.Args(**given | {"output_dir": str(args.output_dir)})
     run = rloo.Run(ours)
     policy, ref_policy, tokenizer = rloo.load_policy(ours, run.device)
     examples, held_out = rloo.load_prompts(ours, tokenizer, policy)
@@ -115,15 +118,20 @@ def main(args: Args) -> None:
         args.algorithm,
         policy,
         tokenizer,
-        [example["prompt"] for example in examples],
+        [example["columns"] | {"prompt": example["prompt"]} for example in examples],
         reward,
         Evaluations(evaluate, args.eval_every, args.num_steps),
+        loss_type=args.loss_type,
         output_dir=str(args.output_dir / "trl"),
-        per_device_train_batch_size=ours.batch_size,
+        learning_rate=args.learning_rate,
+        per_device_train_batch_size=args.batch_size,
         max_completion_length=args.max_new_tokens,
         max_steps=args.num_steps,
         seed=args.seed,
     ).train()
+    policy.set_attn_implementation(ref_policy.config._attn_implementation)
+    run.folder = args.output_dir
+    run.finish(policy, ref_policy.generation_config, tokenizer)
 
 
 if __name__ == "__main__":
