@@ -26,7 +26,7 @@ METRICS |= {"eval/reward_se": 0.05, "eval/turns": 2.5}
 def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monkeypatch, capsys):
     for split in ("train", "test"):
         run.write(tmp_path / f"data/{split}.jsonl", ROWS.get(name, []))
-    written = set()
+    written, logs = set(), tmp_path / "logs"
 
     def pretend(args, job):
         _, command = job
@@ -55,10 +55,11 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
 
     monkeypatch.setattr(run, "run_job", pretend)
     monkeypatch.setattr(run.AutoTokenizer, "from_pretrained", lambda _: make_tokenizer())
+    monkeypatch.setattr(run, "read_again", lambda options: [options.env, "1.0", "0.5", "50%"])
     monkeypatch.setattr(run, "doubts", lambda *_: None)  # which asks the real judge
     monkeypatch.setattr(run.judges, "score", lambda prompts, completions: [len(text) + 1.0 for text in completions])
     monkeypatch.setattr(run.judges, "yes", lambda prompts, completions: [0.5 for _ in completions])
-    run.main(run.Args(name, data=tmp_path / "data", seeds=(0, 1, 2), output_dir=tmp_path / "out", workers=1))
+    run.main(run.Args(name, data=tmp_path / "data", seeds=(0, 1, 2), output_dir=tmp_path / "out", workers=1, logs=logs))
     out = capsys.readouterr().out
     if name == "arithmetic":
         assert "| grpo | 0.250 ± 0.000 | 0.000 ± 0.000 | 0.250, 0.250, 0.250 |" in out
@@ -77,6 +78,10 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert " | 32 ± 0 | 4 ± 0 | 60 ± 0 |" in out and " | 64 ± 0 | 2 ± 0 |" in out  # GRPO; ReMax, with greedy ones
     else:
         assert "| 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 | +0.250, +0.250, +0.250" in out
+    if name == "ladder":
+        assert compare.read_run(logs / "grpo-2", "eval/reward", "step")[1].keys() == {0, 5, 10}
+    if name == "sums":
+        assert {path.name for path in (logs / "sums-trl-dapo-1").iterdir()} == {"config.json", "metrics.jsonl"}
     if name in ("ladder", "trl"):
         assert " | 0.500 ± 0.000 | 0.500 ± 0.000 |" in out  # the completion "b c" names b
     if name == "ladder":
@@ -172,6 +177,13 @@ def test_a_baseline_near_the_rewards_makes_the_gradient_less_noisy(model, monkey
     found = {name.strip("| "): (float(variance), float(square.strip(" |"))) for name, variance, square in cells}
     assert list(found) == ["none", "mean", "ema", "scst"]
     assert found["none"][0] > 10 * found["mean"][0] > 0
+
+
+def test_what_is_read_again_is_read_in_later_turns(model):
+    for num_turns in (1, 3):
+        options = run.multi_turn.Args(model=model, num_turns=num_turns, max_new_tokens=2, batch_size=8)
+        env, seconds, again, share = run.read_again(options)
+        assert env == "HigherOrLower" and (0 < float(share.rstrip("%")) < 100) == (num_turns > 1)
 
 
 def test_rewards_by_rule_are_added():

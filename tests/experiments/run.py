@@ -21,8 +21,9 @@ for turns {"question", "answer"}, GSM8K.
 The pictures are by nano_rl.compare --plot FILE.svg --runs runs/experiments/ladder/*-? runs/experiments/trl/*-?, and
 --runs runs/experiments/baselines/*-?.
 
-Each run is a process with its share of the cores, --workers at a time. One that is done is not repeated, so that an
-experiment that was stopped goes on. A ± is a standard error over seeds, that of a held-out accuracy one over prompts.
+Each run is a process with its share of the cores, --workers at a time, and leaves its policy, 0.5 GB. One that is done
+is not repeated, so that an experiment that was stopped goes on. A ± is a standard error over seeds, that of a held-out
+accuracy one over prompts. With --logs tests/experiments/logs the runs' metrics.jsonl are kept in the repository.
 """
 
 import itertools
@@ -70,6 +71,7 @@ class Args:
     workers: int = 2  # runs at a time
     output_dir: Path = Path("runs/experiments")  # what is in it already is not run again
     flags: str = ""  # more flags for every training run, as in --flags="--num-steps 2"
+    logs: Path | None = None  # folder for the config.json and metrics.jsonl of every run, as tests/experiments/logs
 
 
 def correct_and_formatted(prompts: list, completions: list, answer: list, **_) -> list[float]:
@@ -98,6 +100,7 @@ def run_job(args: Args, job: tuple[str, str]) -> None:
     if status:
         raise RuntimeError(f"{name} failed: {log.read_text().strip().splitlines()[-1:]}, see {log}")
     seconds = time.perf_counter() - start_time
+    (args.output_dir / name / "checkpoint.pt").unlink(missing_ok=True)  # three times the policy
     cost.write_text(json.dumps({"command": command, "seconds": seconds, "memory": usage.ru_maxrss / 2**20}))  # GiB
 
 
@@ -447,6 +450,34 @@ def turns(args: Args) -> None:
     games = [read(args.output_dir / f"game-{seed}/metrics.jsonl") for seed in args.seeds]
     rows.append(["game", *(estimate([metrics[i]["eval/reward"] for metrics in games]) for i in (0, -1)), ""])
     show(["run", "success before", "after", "turns"], rows)
+    lines = {"env": "Lines", "prompts": str(args.data / "train.jsonl"), "max_new_tokens": 48, "num_turns": 12}
+    tasks = [{"max_new_tokens": 4, "num_turns": 3, "batch_size": 64}, lines]
+    cells = [read_again(multi_turn.Args(**task)) for task in tasks]
+    show(["a batch of the start's", "seconds", "of reading again", "share"], cells)
+
+
+def read_again(options: multi_turn.Args) -> list[str]:
+    """Cells: the seconds of playing a batch of episodes, and those of reading contexts anew in all turns but the first,
+    the most that a cache kept over turns could save."""
+    policy, _, tokenizer = multi_turn.load_policy(options, torch.device("cpu"))
+    make_env = multi_turn.load_env(options.env)
+    starts = multi_turn.load_starts(options, tokenizer, make_env)[0][: options.batch_size]
+    sampler, calls = multi_turn.make_sampler(policy, tokenizer, options), []  # of the sampler: tokens, seconds
+
+    def begin(_, __, inputs: dict) -> None:
+        calls.append((inputs["input_ids"].shape[1], -time.perf_counter()))
+
+    def end(*_) -> None:
+        calls[-1] = (calls[-1][0], calls[-1][1] + time.perf_counter())
+
+    sampler.register_forward_pre_hook(begin, with_kwargs=True)
+    sampler.register_forward_hook(end)
+    torch.manual_seed(0)
+    start_time = time.perf_counter()
+    multi_turn.play(sampler, tokenizer, options, starts, make_env)
+    seconds = time.perf_counter() - start_time
+    again = sum([duration for num_tokens, duration in calls if num_tokens > 1][1:])
+    return [options.env, f"{seconds:.1f}", f"{again:.1f}", f"{again / seconds:.0%}"]
 
 
 def spoil(stories: list[str], words: random.Random) -> dict[str, list[str]]:
@@ -581,6 +612,11 @@ def main(args: Args) -> None:
         sys.exit(f"{args.experiment} needs --data, a folder of train.jsonl and test.jsonl")
     args.output_dir /= args.experiment
     globals()[args.experiment](args)
+    for path in args.output_dir.glob("*/metrics.jsonl") if args.logs else ():
+        run_name = path.parent.name if args.experiment in ("ladder", "trl") else f"{args.experiment}-{path.parent.name}"
+        (args.logs / run_name).mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "metrics.jsonl"):
+            shutil.copy(path.parent / name, args.logs / run_name)
 
 
 if __name__ == "__main__":
