@@ -71,7 +71,9 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert "| game | 0.250 ± 0.000 | 0.500 ± 0.000 |" in out
         (games,) = (tmp_path / "out").rglob("games.jsonl")
         rows = [json.loads(line) for line in games.read_text().splitlines()]
-        assert 63 < len(rows) < 3 * 63 and all(row["completion"].isdigit() for row in rows)
+        assert 6 * 63 < len(rows) < 18 * 63 and all(row["completion"].isdigit() for row in rows)
+        learn, unseen = (run.read(games.with_name(f"{part}.jsonl")) for part in ("learn", "unseen"))
+        assert len(learn) == 63 and len(unseen) == 84 and not [start for start in unseen if start in learn]
         assert max(len(row["prompt"]) for row in rows) == 5 and rows[0]["prompt"][0]["role"] == "user"
     elif name == "sums":
         assert "| start | " in out and "| maxrl | " in out and "| trl-dapo | " in out and "raft" not in out

@@ -436,10 +436,14 @@ def play_games(starts: list[dict], chance: random.Random) -> list[dict]:
 def turns(args: Args) -> None:
     """Higher or lower after SFT on games that were played at random, and GSM8K by lines, as far as it goes."""
     starts = multi_turn.HigherOrLower().starts()
-    games = write(args.output_dir / "games.jsonl", play_games(starts[: -(len(starts) // 4)], random.Random(0)))
-    train(args, {"sft": f"sft --data {games} --num-steps 20"})
-    game = "multi_turn --max-new-tokens 4 --num-turns 3 --batch-size 32 --group-size 8"
-    train_seeds(args, {"game": f"{game} --num-steps 20 --model {args.output_dir / 'sft/policy'}"})
+    learn, unseen = starts[: -(len(starts) // 4)], starts[-(len(starts) // 4) :]
+    games = write(args.output_dir / "games.jsonl", play_games(learn * 6, random.Random(0)))
+    train(args, {"sft": f"sft --data {games} --num-steps 40"})
+    game = "multi_turn --max-new-tokens 4 --num-turns 3 --batch-size 64 --group-size 4 --eval-every 0"
+    game += f" --prompts {write(args.output_dir / 'learn.jsonl', learn)}"
+    game += f" --eval-prompts {write(args.output_dir / 'unseen.jsonl', unseen * 4)}"  # four episodes of each
+    policy = args.output_dir / "sft/policy"
+    train_seeds(args, {"game": f"{game} --num-steps 20 --learning-rate 1e-5 --model {policy}"})
     lines = f"multi_turn --env Lines --prompts {args.data / 'train.jsonl'} --max-new-tokens 48 --num-turns 12"
     train(args, {"start": f"{game} --num-steps 1", "lines": f"{lines} --num-steps 5 --eval-every 0"})
     rows = []
