@@ -173,8 +173,12 @@ def topics(folder: Path) -> list[float]:
     named = {step: [] for step in (held_out[0]["step"], held_out[-1]["step"])}
     for line in held_out:
         if line["step"] in named:
-            named[line["step"]].append(line["prompt"].split()[-1].strip(".") in line["completion"].lower())
+            named[line["step"]].append(names_topic(line))
     return list(map(mean, named.values()))
+
+
+def names_topic(line: dict) -> bool:
+    return line["prompt"].split()[-1].strip(".") in line["completion"].lower()
 
 
 def ladder(args: Args) -> None:
@@ -190,11 +194,12 @@ def budget(args: Args, name: str) -> list[str]:
     completions, updates = [], []
     for seed in args.seeds:
         folder = args.output_dir / f"{name}-{seed}"
-        config, steps = json.loads((folder / "config.json").read_text()), read(folder / "metrics.jsonl")[1:]
-        sampled = sum(row.get("completions/num_sampled", config["batch_size"]) for row in steps)
+        config = json.loads((folder / "config.json").read_text())
+        sampled = [row.get("completions/num_sampled") for row in read(folder / "metrics.jsonl")[1:]]  # DAPO's
+        sampled = config["batch_size"] * config["num_steps"] if None in sampled else sum(sampled)
         completions.append(sampled * (2 if config["algorithm"] == "remax" else 1))  # and a greedy one for each
         a_step = config.get("num_updates") or config.get("num_epochs", 1) * config.get("num_minibatches", 1)
-        updates.append(a_step * (len(steps) - config.get("value_warmup_steps", 0)))
+        updates.append(a_step * (config["num_steps"] - config.get("value_warmup_steps", 0)))
     return [estimate(completions, 0), estimate(updates, 0)]
 
 
@@ -212,6 +217,7 @@ def differences(args: Args, values: dict[str, list[float]]) -> None:
     """
     table, chance = torch.tensor(list(values.values()), dtype=torch.float64), torch.Generator().manual_seed(0)
     orders = torch.rand(10_000, *table.shape, generator=chance).argsort(dim=1)  # (10000, files, seeds)
+    orders[0] = torch.arange(len(table))[:, None]  # as they are
     means = table.expand(len(orders), -1, -1).gather(1, orders).mean(dim=2)  # (10000, files)
     ranges = means.amax(dim=1) - means.amin(dim=1)  # (10000,)
     rows = []
@@ -510,9 +516,8 @@ def judge(args: Args) -> None:
         print(f"\n{line['prompt']}\n  > {' '.join(line['completion'].split())}")
     rows = []
     for when, part in (("before", start), ("after", end)):
-        topics = sum(line["prompt"].split()[-1].strip(".") in line["completion"].lower() for line in part)
         makers = sum("Hugging Face" in line["completion"] for line in part)
-        rows.append([f"{when}, of {len(part)} stories", f"{topics}", f"{makers}"])
+        rows.append([f"{when}, of {len(part)} stories", f"{sum(map(names_topic, part))}", f"{makers}"])
     show(["", "name their topic", "name Hugging Face"], rows)
     prompts, stories = [line["prompt"] for line in start], [line["completion"] for line in start]
     rows, before = [], {}

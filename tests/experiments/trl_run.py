@@ -129,8 +129,6 @@ def main(args: Args) -> None:
         max_steps=args.num_steps,
         seed=args.seed,
     ).train()
-    policy.set_attn_implementation(ref_policy.config._attn_implementation)
-    run.folder = args.output_dir
     run.finish(policy, ref_policy.generation_config, tokenizer)
 
 
