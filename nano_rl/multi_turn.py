@@ -222,7 +222,7 @@ class HigherOrLower:
         return [{"low": low, "secret": low + i} for low in lows for i in range(7)]
 
     def reset(self, low: int, secret: int) -> tuple[str, dict]:
-        self.secret, self.guesses = secret, 0
+        self.secret, self.low, self.high, self.guesses = secret, low, low + 6, 0
         return f"Guess my number from {low} to {low + 6}. Answer with a number.", {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
@@ -233,7 +233,11 @@ class HigherOrLower:
         guess = int(numbers[0])
         if guess == self.secret:
             return "Right.", 1.0, True, False, {}
-        return "Higher." if guess < self.secret else "Lower.", 0.0, self.guesses == 3, False, {}
+        if guess < self.secret:
+            side, self.low = "Higher", max(self.low, guess + 1)
+        else:
+            side, self.high = "Lower", min(self.high, guess - 1)
+        return f"{side}, from {self.low} to {self.high}.", 0.0, self.guesses == 3, False, {}
 
 
 class Lines:

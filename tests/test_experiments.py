@@ -19,7 +19,7 @@ ROWS = {
 }
 METRICS = {"eval/reward": 0.5, "eval/words": 50.0, "eval/kl": 0.1, "eval/ref_logprob": -1.0, "eval/accuracy": 0.7}
 METRICS |= {"eval/accuracy_se": 0.02, "eval/longer_accuracy": 0.65, "eval/loss": 0.6, "completions/mean_length": 9.0}
-METRICS |= {"eval/reward_se": 0.05, "eval/turns": 2.5}
+METRICS |= {"grad_norm": 1.0}
 
 
 @pytest.mark.parametrize("name", [name for name in run.EXPERIMENTS if name != "variance"])  # which trains nothing
@@ -45,10 +45,11 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         numbers = {name: value for name, value in parsed.items() if isinstance(value, int | float)}
         (folder / "config.json").write_text(json.dumps(config | numbers))
         row = {"split": "held_out", "completion": "b c"}
-        evaluations = [row | {"step": step, "reward": step - 1.0, "prompt": p} for step in (0, 12) for p in "aabb"]
+        evaluations = [row | {"step": step, "reward": step - 1.0, "prompt": p} for step in (0, 12) for p in "abcd"]
         run.write(folder / "completions.jsonl", evaluations)
         policies = dict.fromkeys(range(len(parsed.get("policies", ()))), {"mean": 0.25 * (len(written) % 2)})
         if "policies" in parsed:
+            (folder / "completions.jsonl").unlink()
             run.write(folder / "completions.jsonl", [{"prompt": "a", "A": {"completion": "b c"}}])
         (folder / "comparison.json").write_text(json.dumps({"table": {"reward": policies}}))
         Path(f"{folder}.json").write_text('{"seconds": 60, "memory": 4}')
@@ -67,8 +68,8 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert "| distill, 5 steps | 288 ± 0 | 0.375 ± 0.000 |" in out  # two steps of 16 completions of 9 tokens
         assert "| grpo, 10 steps | 288 ± 0 | 0.500 ± 0.000 |" in out and "| sft, 10 steps | 480 ± 0 | 0." in out
     elif name == "turns":
-        assert "| lines | 0.250 ± 0.050 | 0.500 ± 0.050 | 2.5 |" in out
-        assert "| game | 0.250 ± 0.000 | 0.500 ± 0.000 |" in out
+        assert "| start | 0.250 |  |  |  |  |  |" in out and "| lines | 0.250 | 0.375 | 0.500 |  |  |  |" in out
+        assert "| game | 0.250 ± 0.000 | 0.375 ± 0.000 | 0.500 ± 0.000 |  |  |  |" in out
         (games,) = (tmp_path / "out").rglob("games.jsonl")
         rows = [json.loads(line) for line in games.read_text().splitlines()]
         assert 6 * 63 < len(rows) < 18 * 63 and all(row["completion"].isdigit() for row in rows)
@@ -80,6 +81,8 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         budgets = {line.split(" | ")[0].strip("| "): line.split(" | ")[3:5] for line in out.splitlines()}
         assert budgets["grpo"] == ["160 ± 0", "20 ± 0"] and budgets["trl-grpo"] == ["160 ± 0", "10 ± 0"]
         assert budgets["remax"] == ["320 ± 0", "10 ± 0"] and budgets["ppo"] == ["160 ± 0", "16 ± 0"]
+        configs = [json.loads(path.read_text()) for path in logs.glob("sums-*/config.json")]
+        assert {config["learning_rate"] for config in configs if "learning_rate" in config} == {2e-5}
     else:
         assert "| 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 | +0.250, +0.250, +0.250 | 50 ± 0 |" in out
     if name == "ladder":
@@ -87,7 +90,7 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
     if name == "sums":
         assert {path.name for path in (logs / "sums-trl-dapo-1").iterdir()} == {"config.json", "metrics.jsonl"}
     if name in ("ladder", "trl"):
-        assert " | 0.500 ± 0.000 | 0.500 ± 0.000 |" in out  # the completion "b c" names b
+        assert " | 0.500 ± 0.000 | 0.500 ± 0.000 |" in out  # the completion "b c" names b and c
     if name == "ladder":
         assert "of 15 differences" in out and "| reinforce - rloo | 0.000 ± 0.000 | 1.000 |" in out
         assert out.count("\n  before (-1.000): b c\n  after (11.000): b c") == 3
@@ -98,15 +101,47 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
 
 
 def test_differences_are_as_rare_as_they_are(capsys):
-    """Two files and three seeds: 8 relabelings, of which 2 have the largest difference of 3 and all the least of 1."""
-    run.differences(run.Args("ladder"), {"a": [2.0, 5.0, 9.0], "b": [1.0, 1.0, 5.0]})
+    """Two files and three seeds: 8 relabelings, of which 2 have the largest |t|, 3, and all one of at least 0."""
+    run.differences({"a": [2.0, 5.0, 9.0], "b": [1.0, 1.0, 5.0]})
     _, _, row = capsys.readouterr().out.splitlines()
     name, gap, p = row.strip("| ").split(" | ")
     assert (name, gap) == ("a - b", "3.000 ± 1.000") and float(p) == pytest.approx(2 / 8, abs=0.02)
-    files = {name: [0.1 * i % 0.7 for i in range(k, k + 6)] for k, name in enumerate("abcdef")}
-    run.differences(run.Args("ladder"), files | {"g": [9.0 + i for i in range(6)]})
+    noise = torch.randn(7, 6, generator=torch.Generator().manual_seed(0)).tolist()
+    files = dict(zip("abcdefg", noise))
+    run.differences(files | {"g": [99 + x for x in noise[6]]})
     _, _, *rows = capsys.readouterr().out.splitlines()
-    assert all("g" in row and row.endswith("| 0.000 |") for row in rows) and len(rows) == 6
+    assert all(" - g " in row and row.endswith("| < 0.001 |") for row in rows) and len(rows) == 6
+    run.differences(files)
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert all(float(row.split()[-2]) > 0.05 for row in rows)
+
+
+def test_a_wide_file_hides_no_difference_of_others(capsys):
+    narrow = 0.1 * torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    a, b = narrow.tolist()
+    run.differences({"a": a, "b": [1 + x for x in b], "wide": [50.0, -50.0, 40.0, -40.0, 30.0, -30.0]})
+    _, _, first, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("| a - b | -") and first.endswith("| < 0.001 |")
+
+
+def test_topics_are_words():
+    for text, names in ("pay attention", False), ("Two tents.", True), ("tent", True), ("content", False):
+        assert run.names_topic({"prompt": "Write a long story about a tent.", "completion": text}) is names
+
+
+def test_what_a_finished_run_read_is_not_changed(tmp_path):
+    run.write(tmp_path / "rows.jsonl", [{"a": 1}])
+    run.write(tmp_path / "rows.jsonl", [{"a": 1}])
+    with pytest.raises(RuntimeError, match="rows.jsonl would change: choose another --output-dir"):
+        run.write(tmp_path / "rows.jsonl", [{"a": 2}])
+
+
+def test_what_dapo_samples_and_skips_is_counted(tmp_path):
+    steps = [{"completions/num_sampled": 32, "grad_norm": 1.0}, {"completions/num_sampled": 64}]
+    run.write(tmp_path / "dapo-0/metrics.jsonl", [{"eval/reward": 0.0}, *steps])
+    config = {"algorithm": "dapo", "batch_size": 16, "num_steps": 2, "num_updates": 2}
+    (tmp_path / "dapo-0/config.json").write_text(json.dumps(config))
+    assert run.budget(run.Args("sums", seeds=(0,), output_dir=tmp_path), "dapo") == ["96", "2"]
 
 
 def test_a_job_runs_once_and_a_failure_says_where(tmp_path, capsys):

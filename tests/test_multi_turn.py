@@ -327,13 +327,15 @@ def test_halving_always_finds_the_number():
             guess = (low + high) // 2
             answer, reward, terminated, truncated, _ = env.step(f"{guess}")
             rewards.append(reward)
-            low, high = (guess + 1, high) if answer == "Higher." else (low, guess - 1)
+            low, high = (guess + 1, high) if answer.startswith("Higher") else (low, guess - 1)
+            assert terminated or answer.endswith(f", from {low} to {high}.")
         assert sum(rewards) == rewards[-1] == 1 and len(rewards) <= 3 and not truncated
 
 
 @pytest.mark.parametrize("action, answer", [
-    ("3", "Higher."), ("It is 3.", "Higher."), ("9", "Lower."), ("3 or 5", "Answer with one number."), ("5.", "Right."),
-    ("05", "Right."), ("５", "Right."),
+    ("3", "Higher, from 4 to 7."), ("It is 3.", "Higher, from 4 to 7."), ("6", "Lower, from 1 to 5."),
+    ("9", "Lower, from 1 to 7."), ("0", "Higher, from 1 to 7."), ("3 or 5", "Answer with one number."),
+    ("5.", "Right."), ("05", "Right."), ("５", "Right."),
     ("", "Answer with one number."), ("9" * 5000, "Answer with one number."), ("5 5", "Answer with one number."),
 ])  # fmt: skip
 def test_the_games_answers(action, answer):

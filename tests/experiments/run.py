@@ -18,8 +18,8 @@ FOLDER holds train.jsonl and test.jsonl: for preferences {"prompt", "chosen", "r
 package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the hub, shuffled;
 for turns {"question", "answer"}, GSM8K.
 
-The pictures are by nano_rl.compare --plot FILE.svg --runs runs/experiments/ladder/*-? runs/experiments/trl/*-?, and
---runs runs/experiments/baselines/*-?.
+The pictures are by uv run --with matplotlib -m nano_rl.compare --plot FILE.svg --runs, and then
+runs/experiments/ladder/*-? runs/experiments/trl/*-? or runs/experiments/baselines/*-?.
 
 Each run is a process with its share of the cores, --workers at a time, and leaves its policy, 0.5 GB. One that is done
 is not repeated, so that an experiment that was stopped goes on. A ± is a standard error over seeds, that of a held-out
@@ -31,6 +31,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -52,11 +53,11 @@ from nano_rl import judge as judges
 from nano_rl import multi_turn, reinforce
 from nano_rl import sums as questions
 from nano_rl.gsm8k import correct, formatted
+from tests.experiments.trl_run import GRPO_LOSSES
 
 LADDER = "reinforce rloo remax raft grpo ppo".split()
 VARIANTS = "dr_grpo gspo cispo dapo reinforce_pp maxrl".split()
 BASELINES = "none mean ema scst".split()
-TRL_LOSSES = "grpo dr_grpo dapo".split()
 RULES = "correct formatted".split()  # of gsm8k.py
 EXPERIMENTS = tuple(
     "ladder sweep trl preferences imdb arithmetic sums distill turns judge baselines brevity variance".split()
@@ -85,7 +86,7 @@ def run_job(args: Args, job: tuple[str, str]) -> None:
     name, command = job
     cost, log = args.output_dir / f"{name}.json", args.output_dir / f"{name}.log"
     if cost.exists():
-        if (done := json.loads(cost.read_text()).get("command", command)) != command:
+        if (done := json.loads(cost.read_text())["command"]) != command:
             raise RuntimeError(f"{name} was run as {done}: choose another --output-dir")
         return
     shutil.rmtree(args.output_dir / name, ignore_errors=True)  # what a run that was stopped left
@@ -126,8 +127,11 @@ def read(path: Path) -> list[dict]:
 
 
 def write(path: Path, rows: list[dict]) -> Path:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if path.exists() and path.read_text(encoding="utf-8") != text:  # what is done read other rows
+        raise RuntimeError(f"{path} would change: choose another --output-dir")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -178,14 +182,15 @@ def topics(folder: Path) -> list[float]:
 
 
 def names_topic(line: dict) -> bool:
-    return line["prompt"].split()[-1].strip(".") in line["completion"].lower()
+    topic = line["prompt"].split()[-1].strip(".")
+    return re.search(rf"\b{topic}s?\b", line["completion"].lower()) is not None  # "tent" is no part of "attention"
 
 
 def ladder(args: Args) -> None:
     """The six files with their defaults."""
     train_seeds(args, {file: file for file in LADDER})
     stories(args, LADDER)
-    differences(args, {file: gains(args, file) for file in LADDER})
+    differences({file: gains(args, file) for file in LADDER})
     examples(args, "reinforce")
 
 
@@ -195,11 +200,13 @@ def budget(args: Args, name: str) -> list[str]:
     for seed in args.seeds:
         folder = args.output_dir / f"{name}-{seed}"
         config = json.loads((folder / "config.json").read_text())
-        sampled = [row.get("completions/num_sampled") for row in read(folder / "metrics.jsonl")[1:]]  # DAPO's
+        rows = read(folder / "metrics.jsonl")[1:]
+        sampled = [row.get("completions/num_sampled") for row in rows]  # DAPO's
         sampled = config["batch_size"] * config["num_steps"] if None in sampled else sum(sampled)
         completions.append(sampled * (2 if config["algorithm"] == "remax" else 1))  # and a greedy one for each
         a_step = config.get("num_updates") or config.get("num_epochs", 1) * config.get("num_minibatches", 1)
-        updates.append(a_step * (config["num_steps"] - config.get("value_warmup_steps", 0)))
+        skipped = sum("completions/num_sampled" in row and "grad_norm" not in row for row in rows)  # DAPO kept no group
+        updates.append(a_step * (config["num_steps"] - config.get("value_warmup_steps", 0) - skipped))
     return [estimate(completions, 0), estimate(updates, 0)]
 
 
@@ -209,35 +216,38 @@ def gains(args: Args, name: str) -> list[float]:
     return [rows[-1]["eval/reward"] - rows[0]["eval/reward"] for rows in metrics]
 
 
-def differences(args: Args, values: dict[str, list[float]]) -> None:
-    """Of each pair of files, paired by seed, and how often chance alone makes one as large between any two.
+def differences(values: dict[str, list[float]]) -> None:
+    """Of each pair of files, paired by seed, and how often chance alone makes one as clear between any two.
 
-    If no file is better, a seed's values may as well stand under other names (Tukey 1953, by randomization). p counts
-    relabelings whose largest difference of means is at least this one, so it is corrected for the number of pairs.
+    If all files learn alike, a seed's values may as well stand under other names (Tukey 1953, by randomization). p
+    counts relabelings in which the largest |t|, a mean over its standard error, is at least this one's, so it is
+    corrected for the number of pairs.
     """
     table, chance = torch.tensor(list(values.values()), dtype=torch.float64), torch.Generator().manual_seed(0)
     orders = torch.rand(10_000, *table.shape, generator=chance).argsort(dim=1)  # (10000, files, seeds)
     orders[0] = torch.arange(len(table))[:, None]  # as they are
-    means = table.expand(len(orders), -1, -1).gather(1, orders).mean(dim=2)  # (10000, files)
-    ranges = means.amax(dim=1) - means.amin(dim=1)  # (10000,)
-    rows = []
-    for (one, a), (other, b) in itertools.combinations(values.items(), 2):
-        gaps = [x - y for x, y in zip(a, b, strict=True)]
-        p = (ranges >= abs(mean(gaps)) - 1e-9).double().mean().item()
-        rows.append((p, [f"{one} - {other}", estimate(gaps), f"{p:.3f}"]))
-    rows.sort(key=lambda row: row[0])
-    show([f"of {len(rows)} differences, the clearest", "", "p, corrected"], [cells for _, cells in rows[:6]])
+    relabeled = table.expand(len(orders), -1, -1).gather(1, orders)
+    t = {}
+    for (i, one), (j, other) in itertools.combinations(enumerate(values), 2):
+        gaps = relabeled[:, i] - relabeled[:, j]  # (10000, seeds)
+        error = gaps.std(dim=1) / math.sqrt(gaps.shape[1])
+        t[one, other] = gaps.mean(dim=1).abs() / (error + 1e-9)  # 1e-9: of no difference t is 0
+    largest, rows = torch.stack(list(t.values())).amax(dim=0), []
+    for (one, other), of_pair in sorted(t.items(), key=lambda pair: -pair[1][0]):
+        p = (largest >= of_pair[0] - 1e-9).double().mean().item()
+        gaps = [x - y for x, y in zip(values[one], values[other], strict=True)]
+        rows.append([f"{one} - {other}", estimate(gaps), f"{p:.3f}" if p >= 0.001 else "< 0.001"])
+    show([f"of {len(rows)} differences, the clearest", "", "p, corrected"], rows[:6])
 
 
 def examples(args: Args, name: str) -> None:
     """Three prompts of the first seed's held-out ones, drawn at random, with the first story before and after."""
     lines = read(args.output_dir / f"{name}-{args.seeds[0]}/completions.jsonl")
     lines = [line for line in lines if line["split"] == "held_out"]
-    before, after = ([line for line in lines if line["step"] == step] for step in (0, lines[-1]["step"]))
-    pairs = random.Random(0).sample(list(zip(before, after, strict=True)), 3)
-    for pair in pairs:
-        print(f"\n{pair[0]['prompt']}")
-        for when, line in zip(("before", "after"), pair):
+    for prompt in random.Random(0).sample(list(dict.fromkeys(line["prompt"] for line in lines)), 3):
+        print(f"\n{prompt}")
+        for when, step in ("before", 0), ("after", lines[-1]["step"]):
+            line = next(line for line in lines if (line["prompt"], line["step"]) == (prompt, step))
             print(f"  {when} ({line['reward']:.3f}): {' '.join(line['completion'].split())}")
 
 
@@ -356,9 +366,10 @@ def sums(args: Args) -> None:
     """All files whose rewards may tie, and TRL's GRPO: the share right of 128 unseen questions, greedily."""
     learn, test = questions.write(questions.Args(output_dir=str(args.output_dir)))
     task = f"--prompts {learn} --reward-fn nano_rl.sums:correct --max-new-tokens 32 --eval-every 0 --num-steps 10"
+    task += " --learning-rate 2e-5"
     files = [file for file in LADDER + VARIANTS if file != "raft"]  # which has no one best among equals
-    train_seeds(args, {file: f"{file} {task} --learning-rate 2e-5" for file in files})
-    trained = files + train_trl(args, {f"trl-{loss}": f"grpo {task} --loss-type {loss}" for loss in TRL_LOSSES})
+    train_seeds(args, {file: f"{file} {task}" for file in files})
+    trained = files + train_trl(args, {f"trl-{loss}": f"grpo {task} --loss-type {loss}" for loss in GRPO_LOSSES})
     names = [f"{name}-{seed}" for name in trained for seed in args.seeds]
     ask = f"nano_rl.compare --prompts {test} --all-prompts --reward-fn nano_rl.sums:correct --temperature 0"
     ask += " --num-samples 1 --max-new-tokens 32 --batch-size 64 --policies"
@@ -373,7 +384,7 @@ def sums(args: Args) -> None:
         seconds = estimate([cost["seconds"] for cost in costs], 0)
         rows.append([name, estimate(shares[name]), f"{min(shares[name]):.3f}", *budget(args, name), seconds])
     show(["file", "right, of 128", "the least", "completions", "Adam steps", "seconds"], rows)
-    differences(args, shares)
+    differences(shares)
 
 
 def distill(args: Args) -> None:
@@ -417,25 +428,24 @@ def distill(args: Args) -> None:
             shares = [row["eval/reward"] for rows in metrics for row in rows if row["step"] == step]
             rows.append([f"{name}, {step} steps", estimate(sampled, 0), estimate(shares)])
     for steps in (5, 10):
-        sampled = [16 * steps * tokens[seed] for seed in args.seeds]
+        tokens_read = [16 * steps * tokens[seed] for seed in args.seeds]
         shares = [right[f"sft-{steps}-{seed}"] for seed in args.seeds]
-        rows.append([f"sft, {steps} steps", estimate(sampled, 0), estimate(shares)])
-    show(["student", "sampled tokens", f"right, of {len(read(test))}"], rows)
+        rows.append([f"sft, {steps} steps", estimate(tokens_read, 0), estimate(shares)])
+    show(["student", "tokens sampled; by SFT read", f"right, of {len(read(test))}"], rows)
 
 
 def play_games(starts: list[dict], chance: random.Random) -> list[dict]:
     """Each guess of a player who guesses at random among the numbers that are left, after what was said before."""
     rows = []
     for start in starts:
-        env, low, high = multi_turn.HigherOrLower(), start["low"], start["low"] + 6
+        env = multi_turn.HigherOrLower()
         answer, done, turns = env.reset(**start)[0], False, []
         while not done:
-            guess = chance.randint(low, high)
+            guess = chance.randint(env.low, env.high)
             turns.append({"role": "user", "content": answer})
             rows.append({"prompt": list(turns), "completion": f"{guess}"})
             turns.append({"role": "assistant", "content": f"{guess}"})
             answer, _, done, _, _ = env.step(f"{guess}")
-            low, high = (guess + 1, high) if answer == "Higher." else (low, guess - 1)
     return rows
 
 
@@ -445,21 +455,22 @@ def turns(args: Args) -> None:
     learn, unseen = starts[: -(len(starts) // 4)], starts[-(len(starts) // 4) :]
     games = write(args.output_dir / "games.jsonl", play_games(learn * 6, random.Random(0)))
     train(args, {"sft": f"sft --data {games} --num-steps 40"})
-    game = "multi_turn --max-new-tokens 4 --num-turns 3 --batch-size 64 --group-size 4 --eval-every 0"
+    game = "multi_turn --max-new-tokens 4 --num-turns 3 --batch-size 64 --group-size 4 --eval-every 10"
     game += f" --prompts {write(args.output_dir / 'learn.jsonl', learn)}"
     game += f" --eval-prompts {write(args.output_dir / 'unseen.jsonl', unseen * 4)}"  # four episodes of each
     policy = args.output_dir / "sft/policy"
-    train_seeds(args, {"game": f"{game} --num-steps 20 --learning-rate 1e-5 --model {policy}"})
+    train_seeds(args, {"game": f"{game} --num-steps 40 --learning-rate 1e-5 --model {policy}"})
     lines = f"multi_turn --env Lines --prompts {args.data / 'train.jsonl'} --max-new-tokens 48 --num-turns 12"
     train(args, {"start": f"{game} --num-steps 1", "lines": f"{lines} --num-steps 5 --eval-every 0"})
+    runs = {name: [name] for name in ("start", "lines")} | {"game": [f"game-{seed}" for seed in args.seeds]}
+    steps = (0, 5, 10, 20, 30, 40)
     rows = []
-    for name in ["start", "lines", *(f"game-{seed}" for seed in args.seeds)]:
-        first, *_, last = read(args.output_dir / name / "metrics.jsonl")
-        cells = [f"{row['eval/reward']:.3f} ± {row['eval/reward_se']:.3f}" for row in (first, last)]
-        rows.append([name, *cells, f"{last['eval/turns']:.1f}"])
-    games = [read(args.output_dir / f"game-{seed}/metrics.jsonl") for seed in args.seeds]
-    rows.append(["game", *(estimate([metrics[i]["eval/reward"] for metrics in games]) for i in (0, -1)), ""])
-    show(["run", "success before", "after", "turns"], rows)
+    for name, folders in runs.items():
+        metrics = [{row["step"]: row for row in read(args.output_dir / f / "metrics.jsonl")} for f in folders]
+        shares = [[run[step]["eval/reward"] for run in metrics if "eval/reward" in run.get(step, {})] for step in steps]
+        shares[1:] = [[] for _ in steps[1:]] if name == "start" else shares[1:]  # of the model itself
+        rows.append([name, *[estimate(share) if share else "" for share in shares]])
+    show(["success after", *map(str, steps)], rows)
     lines = {"env": "Lines", "prompts": str(args.data / "train.jsonl"), "max_new_tokens": 48, "num_turns": 12}
     tasks = [{"max_new_tokens": 4, "num_turns": 3, "batch_size": 64}, lines]
     cells = [read_again(multi_turn.Args(**task)) for task in tasks]
@@ -592,7 +603,7 @@ def variance(args: Args, options: reinforce.Args | None = None, num_batches: int
         batch, completions = reinforce.sample(sampler, tokenizer, prompts, temperature)
         return batch, reinforce.score(run, reward_fn, prompts, batch, completions)[0]
 
-    ema = sample_and_score(held_out, options.temperature)[1].mean().item()  # as a run starts it
+    ema = sample_and_score(held_out * 4, options.temperature)[1].mean().item()  # as a run starts it
     for _ in range(num_batches):
         drawn = shuffle.sample(examples, options.batch_size)
         batch, rewards = sample_and_score(drawn, options.temperature)

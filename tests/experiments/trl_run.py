@@ -21,6 +21,12 @@ from tyro.conf import Positional
 
 from nano_rl import rloo
 
+GRPO_LOSSES = {  # by what divides the sum over a completion's tokens
+    "grpo": {"loss_type": "grpo"},  # its length
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},  # a constant, and no deviation, as its paper has it
+    "dapo": {"loss_type": "dapo"},  # the tokens of the batch; nothing else of DAPO
+}
+
 
 @dataclass
 class Args:
@@ -29,7 +35,7 @@ class Args:
     model: str = rloo.Args.model
     prompts: str = ""  # as in rloo.py, like the next
     reward_fn: str = ""
-    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"  # of GRPO; the default is the paper's, as in grpo.py
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"  # of GRPO_LOSSES; the default is the paper's, as in grpo.py
     learning_rate: float = rloo.Args.learning_rate
     batch_size: int = rloo.Args.batch_size
     seed: int = 0
@@ -57,7 +63,7 @@ def make_trainer(algorithm: str, model, tokenizer, rows: list[dict], reward_fn, 
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        **({"loss_type": loss_type} if algorithm == "grpo" else {}),
+        **(GRPO_LOSSES[loss_type] if algorithm == "grpo" else {}),
         **options,
     )
     rows = [row | {"prompt": rloo.as_messages(row["prompt"], "user")} for row in rows]
