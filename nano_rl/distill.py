@@ -90,7 +90,7 @@ class Args:  # a flag's comment is its --help
     num_steps: int = 0  # steps of sampling and updating; 0: 15 or, with --resume, as many as that run was to have
     max_new_tokens: int = 64  # most tokens of a completion (T)
     temperature: float = 0.7  # of the policy, when it samples and when it is trained
-    learning_rate: float = 8e-5  # step size of Adam, constant
+    learning_rate: float = 4e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     lora_rank: int = 0  # train adapters of this rank instead of all weights (needs peft); 0: all weights
     micro_batch_tokens: int = 512  # most tokens in one pass, padding included: sets memory, not the gradient

@@ -253,7 +253,7 @@ def examples(args: Args, name: str) -> None:
 
 def sweep(args: Args) -> None:
     """Half the default learning rate, the default, and twice and four times that."""
-    rates = ("4e-5", "8e-5", "1.6e-4", "3.2e-4")
+    rates = ("2e-5", "4e-5", "8e-5", "1.6e-4")
     jobs = {f"{file}-{rate}": f"{file} --learning-rate {rate}" for file in LADDER for rate in rates}
     train_seeds(args, jobs)
     show(["file and rate", *LEARNING], [[name, *learning(args, name)] for name in jobs])
