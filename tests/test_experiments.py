@@ -40,9 +40,11 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert str(folder) not in written
         written.update(map(str, (folder, folder / "policy", folder / "reward_model")))
         steps = {0: {"eval/reward": 0.25}, 5: {"eval/reward": 0.375}, 10: {}}
-        run.write(folder / "metrics.jsonl", [METRICS | row | {"step": step} for step, row in steps.items()])
+        if "policies" not in parsed:
+            run.write(folder / "metrics.jsonl", [METRICS | row | {"step": step} for step, row in steps.items()])
         config = {"algorithm": file.rpartition(".")[2]} | {name: str(value) for name, value in parsed.items()}
         numbers = {name: value for name, value in parsed.items() if isinstance(value, int | float)}
+        folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config | numbers))
         row = {"split": "held_out", "completion": "b c"}
         evaluations = [row | {"step": step, "reward": step - 1.0, "prompt": p} for step in (0, 12) for p in "abcd"]
@@ -87,6 +89,7 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert "| 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 | +0.250, +0.250, +0.250 | 50 ± 0 |" in out
     if name == "ladder":
         assert compare.read_run(logs / "grpo-2", "eval/reward", "step")[1].keys() == {0, 5, 10}
+    assert str(tmp_path) not in "".join(path.read_text() for path in logs.rglob("*.json"))
     if name == "sums":
         assert {path.name for path in (logs / "sums-trl-dapo-1").iterdir()} == {"config.json", "metrics.jsonl"}
     if name in ("ladder", "trl"):
@@ -142,6 +145,15 @@ def test_what_dapo_samples_and_skips_is_counted(tmp_path):
     config = {"algorithm": "dapo", "batch_size": 16, "num_steps": 2, "num_updates": 2}
     (tmp_path / "dapo-0/config.json").write_text(json.dumps(config))
     assert run.budget(run.Args("sums", seeds=(0,), output_dir=tmp_path), "dapo") == ["96", "2"]
+
+
+def test_the_logs_are_small_and_of_no_machine():
+    logs = Path(run.__file__).parent / "logs"
+    assert sum(path.stat().st_size for path in logs.rglob("*.json*")) < 3e6
+    runs = sorted(path.parent for path in logs.glob("*/config.json"))
+    assert runs and all("step" in run.read(folder / "metrics.jsonl")[-1] for folder in runs)
+    texts = [(folder / "config.json").read_text() for folder in runs]
+    assert not [text for text in texts if '"/' in text or str(Path.home()) in text]
 
 
 def test_a_job_runs_once_and_a_failure_says_where(tmp_path, capsys):

@@ -627,16 +627,24 @@ def variance(args: Args, options: reinforce.Args | None = None, num_batches: int
     show(["baseline", "variance of the gradient", "its mean's squared norm"], rows)
 
 
+def keep_logs(args: Args) -> None:
+    """Copies what the runs wrote of their settings and steps; of a path on this machine its name alone."""
+    for path in args.output_dir.glob("*/metrics.jsonl"):
+        run_name = path.parent.name if args.experiment in ("ladder", "trl") else f"{args.experiment}-{path.parent.name}"
+        (args.logs / run_name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, args.logs / run_name)
+        config = json.loads((path.parent / "config.json").read_text())
+        config = {n: Path(v).name if Path(str(v)).is_absolute() else v for n, v in config.items()}
+        (args.logs / run_name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def main(args: Args) -> None:
     if args.experiment in ("preferences", "imdb", "turns") and not args.data:
         sys.exit(f"{args.experiment} needs --data, a folder of train.jsonl and test.jsonl")
     args.output_dir /= args.experiment
     globals()[args.experiment](args)
-    for path in args.output_dir.glob("*/metrics.jsonl") if args.logs else ():
-        run_name = path.parent.name if args.experiment in ("ladder", "trl") else f"{args.experiment}-{path.parent.name}"
-        (args.logs / run_name).mkdir(parents=True, exist_ok=True)
-        for name in ("config.json", "metrics.jsonl"):
-            shutil.copy(path.parent / name, args.logs / run_name)
+    if args.logs:
+        keep_logs(args)
 
 
 if __name__ == "__main__":
