@@ -1,5 +1,6 @@
 """Every command of README, results page and superseded.md runs, small: a tiny model, one step, a few rows."""
 
+import glob
 import importlib
 import json
 import re
@@ -63,6 +64,7 @@ def folder(model, tmp_path_factory) -> Path:
     run = folder / "runs/first"
     reinforce.train(reinforce.Args(model=model, output_dir=str(run), **{n: SMALL[n] for n in small(reinforce)}))
     shutil.copytree(run, folder / "runs/now-reinforce")
+    (folder / "tests").symlink_to(ROOT / "tests")
     return folder
 
 
@@ -82,8 +84,8 @@ def test_a_command_of_the_readme(name, flags, folder, model, tmp_path, monkeypat
         with pytest.raises(SystemExit, match="0"):
             tyro.cli(module.Args, args=words)
         return
-    runs = [str(path) for path in folder.glob("runs/*") if (path / "metrics.jsonl").exists()]
-    words = [word for w in words for word in (runs if w == "runs/*" else [w])]
+    words = [word for w in words for word in (glob.glob(w) if "*" in w else [w])]
+    assert not [word for word in words if word.startswith("tests/") and not Path(word).exists()]
     args = tyro.cli(module.Args, args=words)
 
     def here(model_name: str) -> str:  # a model of the hub is the tiny one

@@ -461,9 +461,10 @@ def turns(args: Args) -> None:
     policy = args.output_dir / "sft/policy"
     train_seeds(args, {"game": f"{game} --num-steps 40 --learning-rate 1e-5 --model {policy}"})
     lines = f"multi_turn --env Lines --prompts {args.data / 'train.jsonl'} --max-new-tokens 48 --num-turns 12"
-    train(args, {"start": f"{game} --num-steps 1", "lines": f"{lines} --num-steps 5 --eval-every 0"})
+    lines += f" --eval-prompts {write(args.output_dir / 'questions.jsonl', read(args.data / 'test.jsonl')[:16])}"
+    train(args, {"start": f"{game} --num-steps 1", "lines": f"{lines} --num-steps 3 --eval-every 0"})
     runs = {name: [name] for name in ("start", "lines")} | {"game": [f"game-{seed}" for seed in args.seeds]}
-    steps = (0, 5, 10, 20, 30, 40)
+    steps = (0, 3, 10, 20, 30, 40)
     rows = []
     for name, folders in runs.items():
         metrics = [{row["step"]: row for row in read(args.output_dir / f / "metrics.jsonl")} for f in folders]
