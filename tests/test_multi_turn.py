@@ -342,6 +342,8 @@ def test_the_games_answers(action, answer):
     env = multi_turn.HigherOrLower()
     env.reset(low=1, secret=5)
     assert env.step(action) == (answer, float(answer == "Right."), answer == "Right.", False, {})
+    env.reset(low=1, secret=5)
+    assert [env.step(guess)[0] for guess in ("3", "1")] == ["Higher, from 4 to 7."] * 2, "no guess brings a number back"
     env.step("2"), env.reset(low=1, secret=5)
     assert [env.step("2")[2] for _ in range(3)] == [False, False, True]
 
