@@ -114,8 +114,9 @@ def save(folder, family: str) -> str:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logprobs_are_those_of_stepwise_logits_under_left_padding(tmp_path, family):
+def test_logprobs_are_those_of_stepwise_logits_under_left_padding(tmp_path, monkeypatch, family):
     """Every sampled token, against a forward pass over its own prefix alone."""
+    monkeypatch.setattr(grpo, "has_bfloat16", lambda device: False)  # whose rounding is larger
     policy, tokenizer = grpo.load(AutoModelForCausalLM, save(tmp_path, family), CPU)
     sampler = grpo.make_sampler(policy, tokenizer, grpo.Args(max_new_tokens=6))
     prompts = [[3, 5, 7], [4], [8, 10, 11, 12, 6]]

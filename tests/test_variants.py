@@ -375,9 +375,9 @@ def test_a_copied_file_trains(model, tmp_path, file):
 @pytest.mark.parametrize("file", [dr_grpo, gspo, cispo, reinforce_pp], ids=lambda file: file.__name__[8:])
 def test_ratios_leave_1_in_the_second_update(model, tmp_path, file):
     """Two updates a batch are the default, and what is clipped is counted (pitfall 32)."""
-    first = read(train(file, model, tmp_path / "1", num_updates=1, num_steps=1, learning_rate=0.05))[1]
+    first = read(train(file, model, tmp_path / "1", every_other, num_updates=1, num_steps=1, learning_rate=0.05))[1]
     assert first["ratio"] == 1 and first["clip_ratio/region_mean"] == 0
-    second = read(train(file, model, tmp_path / "2", num_steps=1, learning_rate=0.05))[1]
+    second = read(train(file, model, tmp_path / "2", every_other, num_steps=1, learning_rate=0.05))[1]
     assert second["ratio"] != 1 and second["clip_ratio/region_mean"] > 0
 
 
