@@ -468,8 +468,9 @@ def turns(args: Args) -> None:
     rows = []
     for name, folders in runs.items():
         metrics = [{row["step"]: row for row in read(args.output_dir / f / "metrics.jsonl")} for f in folders]
+        if name == "start":
+            metrics = [{0: metrics[0][0]}]  # the model itself, before the one step
         shares = [[run[step]["eval/reward"] for run in metrics if "eval/reward" in run.get(step, {})] for step in steps]
-        shares[1:] = [[] for _ in steps[1:]] if name == "start" else shares[1:]  # of the model itself
         rows.append([name, *[estimate(share) if share else "" for share in shares]])
     show(["success after", *map(str, steps)], rows)
     lines = {"env": "Lines", "prompts": str(args.data / "train.jsonl"), "max_new_tokens": 48, "num_turns": 12}
