@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -532,6 +533,7 @@ def test_12_runs_of_one_name_are_two_on_wandb(model, tmp_path, monkeypatch):
         ids.append(torch.load(folder / "checkpoint.pt")["wandb_id"])
         assert list((folder / "wandb").glob(f"offline-run-*-{ids[-1]}"))
     assert len(set(ids)) == 4
+    time.sleep(1)  # wandb names a run's folder by the second, and a tiny run takes less
     reinforce.train(reinforce.Args(resume=str(folder), num_steps=2))
     assert torch.load(folder / "checkpoint.pt")["wandb_id"] == ids[-1]
     assert len(list((folder / "wandb").glob(f"offline-run-*-{ids[-1]}"))) == 2, "a resumed run goes on there"
