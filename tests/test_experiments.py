@@ -14,7 +14,7 @@ from nano_rl import compare, rloo
 from tests.experiments import run, trl_run
 
 ROWS = {
-    "imdb": [{"text": f"a film\x85 number {i} of the year that I saw", "label": i % 2} for i in range(130)],
+    "imdb": [{"text": f"a film\x85 number {i} of the year that I saw", "label": i % 2} for i in range(260)],
     "preferences": [{"prompt": f"write {i}", "chosen": "a", "rejected": "b"} for i in range(130)],
 }
 METRICS = {"eval/reward": 0.5, "eval/words": 50.0, "eval/kl": 0.1, "eval/ref_logprob": -1.0, "eval/accuracy": 0.7}
@@ -33,7 +33,7 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         file, *flags = command.split()
         module = importlib.import_module(file)
         parsed = vars(tyro.cli(module.Args, args=flags))
-        for flag in "model reward_model prompts data labels pairs eval_pairs policies".split():
+        for flag in "model reward_model prompts eval_prompts data labels pairs eval_pairs policies".split():
             for path in [parsed.get(flag)] if isinstance(parsed.get(flag), str) else parsed.get(flag) or []:
                 assert path in (written | {"", rloo.Args.model}) or Path(path).is_file(), path
         folder = Path(parsed["output_dir"])
@@ -101,6 +101,8 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert "| nothing | 1.000 ± 0.000 | -3.000 ± 0.000 | 0.500 ± 0.000 | 0.000 ± 0.000 |" in out
     if name == "imdb":
         assert "| ppo | 0.000 ± 0.000 | 1.000 ± 0.000 | 0.250 ± 0.000 |" in out
+        learn, unseen = (run.read(tmp_path / f"out/imdb/{part}.jsonl") for part in ("prompts", "held_out"))
+        assert len(learn) == len(unseen) == 128 and not [row for row in unseen if row in learn]
 
 
 def test_differences_are_as_rare_as_they_are(capsys):

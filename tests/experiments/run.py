@@ -296,13 +296,14 @@ def imdb(args: Args) -> None:
     """A review of films is to go on in a good mood: 16 completions a step of 32 tokens for every algorithm."""
     reviews, unseen = read(args.data / "train.jsonl"), read(args.data / "test.jsonl")
     texts = write(args.output_dir / "texts.jsonl", [{"text": row["text"]} for row in reviews[:1200]])
-    beginnings = [{"prompt": " ".join(row["text"].split()[:8])} for row in unseen[:128]]
-    prompts = write(args.output_dir / "prompts.jsonl", beginnings)  # the last 32 are not trained on
+    beginnings = [{"prompt": " ".join(row["text"].split()[:8])} for row in unseen[:256]]
+    held_out = write(args.output_dir / "held_out.jsonl", beginnings[:128])
+    prompts = write(args.output_dir / "prompts.jsonl", beginnings[128:])
     jobs = {"sft": f"sft --data {texts} --max-length 96 --num-steps 60"}
     # 64 tokens, the end of a review: about as long as the beginning and continuation that it will score.
     jobs |= {"classifier": f"reward_model --labels {args.data / 'train.jsonl'} --max-length 64 --num-steps 150"}
     train(args, jobs)
-    task = f"--prompts {prompts} --no-chat-template --max-new-tokens 32"
+    task = f"--prompts {prompts} --eval-prompts {held_out} --no-chat-template --max-new-tokens 32"
     task += f" --reward-model {args.output_dir / 'classifier/reward_model'}"
     start = args.output_dir / "sft/policy"
     common = f"{task} --model {start} --kl-coef 0.05 --num-steps 12 --eval-every 0"
