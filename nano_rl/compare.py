@@ -15,8 +15,8 @@ Prompts are the sample, not completions, and two policies are compared on each p
 f is the reward, the type-token ratio (distinct words / words), the words or distinct-2 (distinct pairs of neighbours /
 pairs; Li et al. 2016, 1510.03055, divide by the words of all) of one completion. In (5) the first policy reads every
 text with its own tokenizer and template, without the stop. All policies draw with the same random numbers, which makes
-d_p less noisy: equal policies give equal completions. Runs form a group if config.json says the same of them but for
-the seed, and where, how long and how often they wrote.
+d_p less noisy: equal policies give equal completions. Runs of one folder form a group if config.json says the same of
+them but for the seed, and where, how long and how often they wrote.
 
 Run: uv run -m nano_rl.compare --policies HuggingFaceTB/SmolLM2-135M-Instruct runs/<time>-rloo/policy
      uv run -m nano_rl.compare --policies runs/gsm8k/policy --prompts test.jsonl --all-prompts --temperature 0
@@ -242,8 +242,8 @@ def group_runs(folders: list[Path], metric: str, x: str) -> dict[str, list[dict[
         if not curve:
             print(f"left out {folder}: not a run, or one without {metric} as yet", file=sys.stderr)
             continue
-        settings = json.dumps({name: config[name] for name in sorted(config) if name not in SAME_CURVE})
-        seed, seeds = config.get("seed"), groups.setdefault(settings, {})
+        settings = {"in": str(folder.parent)} | {n: config[n] for n in sorted(config) if n not in SAME_CURVE}
+        seed, seeds = config.get("seed"), groups.setdefault(json.dumps(settings), {})
         if seed in seeds:  # twice the same run is not two that agree
             print(f"{folder}: arguments and seed of another run; the longer one is taken", file=sys.stderr)
         seeds[seed] = max(seeds.get(seed, {}), curve, key=len)

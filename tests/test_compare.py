@@ -394,6 +394,17 @@ def test_the_same_run_twice_is_one_run(tmp_path, capsys):
         assert err == f"{runs[1]}: arguments and seed of another run; the longer one is taken\n"
 
 
+def test_a_run_stands_beside_those_of_another_folder(tmp_path, capsys, monkeypatch):
+    """Is my run normal? It is not one of those that it is compared with, though all arguments are the same."""
+    monkeypatch.chdir(tmp_path)
+    logs = [write_run(Path(f"logs/first-{seed}"), {0: 0.5}, seed=seed, algorithm="rloo") for seed in range(2)]
+    mine = write_run(Path("runs/first"), {0: 0.75}, algorithm="rloo")
+    compare.main(compare.Args(runs=(mine, *logs)))
+    out, err = capsys.readouterr()
+    assert "| step | rloo in=runs (1) | rloo in=logs (2) |" in out and not err
+    assert "| 0    | 0.750            | 0.500 ± 0.000    |" in out
+
+
 def test_folders_names_do_not_matter(tmp_path, capsys):
     runs = [write_run(tmp_path / name / "run", {0: 0.5}, algorithm=name) for name in ("rloo", "grpo")]
     runs.append(write_run(tmp_path / "old" / "run", {0: 0.5}, seed=1))  # its config.json does not say
