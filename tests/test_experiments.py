@@ -47,7 +47,7 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config | numbers))
         row = {"split": "held_out", "completion": "b c"}
-        evaluations = [row | {"step": step, "reward": step - 1.0, "prompt": p} for step in (0, 12) for p in "abcd"]
+        evaluations = [row | {"step": step, "reward": step - 1.0, "prompt": p} for step in (0, 10) for p in "abcd"]
         run.write(folder / "completions.jsonl", evaluations)
         policies = dict.fromkeys(range(len(parsed.get("policies", ()))), {"mean": 0.25 * (len(written) % 2)})
         if "policies" in parsed:
@@ -94,9 +94,10 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert {path.name for path in (logs / "sums-trl-dapo-1").iterdir()} == {"config.json", "metrics.jsonl"}
     if name in ("ladder", "trl"):
         assert " | 0.500 ± 0.000 | 0.500 ± 0.000 |" in out  # the completion "b c" names b and c
+        assert "rloo, 10 | 0.250 ± 0.000 | 0.100 ± 0.000 | 0.500 ± 0.000 |" in out
     if name == "ladder":
         assert "of 15 differences" in out and "| reinforce - rloo | 0.000 ± 0.000 | 1.000 |" in out
-        assert out.count("\n  before (-1.000): b c\n  after (11.000): b c") == 3
+        assert out.count("\n  before (-1.000): b c\n  after (9.000): b c") == 3
     if name == "judge":
         assert "| nothing | 1.000 ± 0.000 | -3.000 ± 0.000 | 0.500 ± 0.000 | 0.000 ± 0.000 |" in out
     if name == "imdb":

@@ -36,6 +36,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -163,22 +164,29 @@ LEARNING = ["before", "after", "gain", "of each seed", "words", "KL a token", "l
 
 # ---- The experiments ------------------------------------------------------------------------------------------------
 def stories(args: Args, names: list[str]) -> None:
-    """The table of what train_seeds ran under the names, and whether its stories are about their topics."""
-    rows = []
+    """The tables of what train_seeds ran under the names, and whether its stories are about their topics."""
+    rows, course = [], []
     for name in names:
         shares = [topics(args.output_dir / f"{name}-{seed}") for seed in args.seeds]
-        rows.append([name, *learning(args, name), *map(estimate, zip(*shares))])
+        ends = zip(*[(share[min(share)], share[max(share)]) for share in shares])
+        rows.append([name, *learning(args, name), *map(estimate, ends)])
+        metrics = [read(args.output_dir / f"{name}-{seed}/metrics.jsonl") for seed in args.seeds]
+        for step in sorted(shares[0]):
+            now = [next(row for row in run if row["step"] == step) for run in metrics]
+            rises = [row["eval/reward"] - run[0]["eval/reward"] for row, run in zip(now, metrics)]
+            cells = estimate(rises), estimate([row["eval/kl"] for row in now])
+            course.append([f"{name}, {step}", *cells, estimate([share[step] for share in shares])])
     show(["file", *LEARNING, "name their topic before", "after"], rows)
+    show(["file, step", "gain", "KL a token", "name their topic"], course)
 
 
-def topics(folder: Path) -> list[float]:
-    """The share of held-out stories that name their topic, the prompt's last word, before and after."""
-    held_out = [line for line in read(folder / "completions.jsonl") if line["split"] == "held_out"]
-    named = {step: [] for step in (held_out[0]["step"], held_out[-1]["step"])}
-    for line in held_out:
-        if line["step"] in named:
+def topics(folder: Path) -> dict[int, float]:
+    """The share of held-out stories that name their topic, the prompt's last word, at each step with an evaluation."""
+    named = defaultdict(list)
+    for line in read(folder / "completions.jsonl"):
+        if line["split"] == "held_out":
             named[line["step"]].append(names_topic(line))
-    return list(map(mean, named.values()))
+    return {step: mean(values) for step, values in named.items()}
 
 
 def names_topic(line: dict) -> bool:
