@@ -18,8 +18,8 @@ FOLDER holds train.jsonl and test.jsonl: for preferences {"prompt", "chosen", "r
 package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the hub, shuffled;
 for turns {"question", "answer"}, GSM8K.
 
-The pictures are by uv run --with matplotlib -m nano_rl.compare --plot FILE.svg --runs, and then
-runs/experiments/ladder/*-? runs/experiments/trl/*-? or runs/experiments/baselines/*-?.
+The pictures are by uv run --with matplotlib -m nano_rl.compare --plot FILE.svg --runs, with --x kl over the KL, and
+then runs/experiments/ladder/*-? (or the same runs' logs) or runs/experiments/baselines/*-?.
 
 Each run is a process with its share of the cores, --workers at a time, and leaves its policy, 0.5 GB. One that is done
 is not repeated, so that an experiment that was stopped goes on. A ± is a standard error over seeds, that of a held-out
