@@ -1,6 +1,7 @@
 """The README's experiments: trains what they compare, and prints their tables.
 
     uv run -m tests.experiments.run ladder                       # the six algorithms on lexical richness
+    uv run -m tests.experiments.run first                        # REINFORCE with a KL penalty, or half the rate
     uv run -m tests.experiments.run sweep --seeds 3 --flags="--num-steps 10"    # four learning rates, on their own seed
     uv run --with trl==1.16.0 --with datasets -m tests.experiments.run trl    # TRL's RLOO and GRPO on the same task
     uv run -m tests.experiments.run preferences --data FOLDER    # reward models, and REINFORCE on their scores
@@ -61,7 +62,7 @@ VARIANTS = "dr_grpo gspo cispo dapo reinforce_pp maxrl".split()
 BASELINES = "none mean ema scst".split()
 RULES = "correct formatted".split()  # of gsm8k.py
 EXPERIMENTS = tuple(
-    "ladder sweep trl preferences imdb arithmetic sums distill turns judge baselines brevity variance".split()
+    "ladder first sweep trl preferences imdb arithmetic sums distill turns judge baselines brevity variance".split()
 )
 
 
@@ -257,6 +258,15 @@ def examples(args: Args, name: str) -> None:
         for when, step in ("before", 0), ("after", lines[-1]["step"]):
             line = next(line for line in lines if (line["prompt"], line["step"]) == (prompt, step))
             print(f"  {when} ({line['reward']:.3f}): {' '.join(line['completion'].split())}")
+
+
+def first(args: Args) -> None:
+    """README's first command with other settings: what its reward costs in KL and topic."""
+    settings = {f"kl-{beta}": f"--kl-coef {beta}" for beta in (0.003, 0.01, 0.03)}
+    settings["rate-2e-5"] = "--learning-rate 2e-5 --num-steps 30"
+    train_seeds(args, {name: f"reinforce {flags}" for name, flags in settings.items()})
+    stories(args, list(settings))
+    differences({name: gains(args, name) for name in settings})
 
 
 def sweep(args: Args) -> None:
