@@ -64,9 +64,7 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
     monkeypatch.setattr(run.judges, "yes", lambda prompts, completions: [0.5 for _ in completions])
     run.main(run.Args(name, data=tmp_path / "data", seeds=(0, 1, 2), output_dir=tmp_path / "out", workers=1, logs=logs))
     out = capsys.readouterr().out
-    if name == "arithmetic":
-        assert "| grpo | 0.250 ± 0.000 | 0.000 ± 0.000 | 0.250, 0.250, 0.250 |" in out
-    elif name == "distill":
+    if name == "distill":
         assert "| distill, 5 steps | 288 ± 0 | 0.375 ± 0.000 |" in out  # two steps of 16 completions of 9 tokens
         assert "| grpo, 10 steps | 288 ± 0 | 0.500 ± 0.000 |" in out and "| sft, 10 steps | 480 ± 0 | 0." in out
     elif name == "turns":
@@ -238,8 +236,3 @@ def test_what_is_read_again_is_read_in_later_turns(model):
         options = run.multi_turn.Args(model=model, num_turns=num_turns, max_new_tokens=2, batch_size=8)
         env, seconds, again, share = run.read_again(options)
         assert env == "HigherOrLower" and (0 < float(share.rstrip("%")) < 100) == (num_turns > 1)
-
-
-def test_rewards_by_rule_are_added():
-    texts = ["<think>a</think><answer>7</answer>", "7", "<think>a</think><answer>8</answer>", "no"]
-    assert run.correct_and_formatted(["q"] * 4, texts, ["7"] * 4) == [2.0, 1.0, 1.0, 0.0]

@@ -4,7 +4,7 @@
     uv run --extra lora -m tests.experiments.gpu --shapes 0.5B --minutes 3
 
 1. Seconds a step and peak memory of the files, and sampling's share.
-2. Learning: RLOO and GRPO on the sums of `run arithmetic`, if the weights of --model are at hand.
+2. Learning: RLOO and GRPO on the questions of nano_rl/sums.py, if the weights of --model are at hand.
 3. Tokens a second of transformers' three ways of sampling, and how near each is to the least: reading weights and
    cache once a token.
 
@@ -31,9 +31,8 @@ import torch
 import transformers
 import tyro
 
-from nano_rl import gsm8k, reinforce
+from nano_rl import reinforce, sums
 from tests.experiments.benchmark import SHAPES, best_seconds, bounds, machine_limits, random_model, run_job
-from tests.experiments.run import write_sums
 from tests.tiny import make_tokenizer
 
 WAYS = ("eager", "continuous batching", "compiled, static cache")  # the last takes a minute to compile
@@ -141,14 +140,14 @@ def show_steps(args: Args, page: Page, load) -> None:
 
 def show_learning(args: Args, page: Page) -> None:
     page.table("Learning: sums right, of 128 unseen", ["file", "seconds", "before", "after"])
-    questions, test, _ = write_sums(args.output_dir)
+    questions, test = sums.write(sums.Args(output_dir=str(args.output_dir)))
     how = {"model": args.model, "prompts": str(questions), "eval_prompts": str(test), "max_new_tokens": 32}
     how |= {"num_steps": args.learning_steps, "eval_every": 0, "learning_rate": 2e-5, "micro_batch_tokens": 8192}
     for name in ("rloo", "grpo"):
         free_memory()
         file, start_time = importlib.import_module(f"nano_rl.{name}"), time.perf_counter()
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(file.Run, "finish", lambda *_: None):
-            file.train(file.Args(output_dir=folder, **how), gsm8k.correct)
+            file.train(file.Args(output_dir=folder, **how), sums.correct)
             lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         before, after = (json.loads(line)["eval/reward"] for line in (lines[0], lines[-1]))
         page.row(f"{name}.py", seconds=time.perf_counter() - start_time, before=before, after=after)

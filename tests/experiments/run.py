@@ -6,7 +6,6 @@
     uv run --with trl==1.16.0 --with datasets -m tests.experiments.run trl    # TRL's RLOO and GRPO on the same task
     uv run -m tests.experiments.run preferences --data FOLDER    # reward models, and REINFORCE on their scores
     uv run -m tests.experiments.run imdb --data FOLDER           # SFT, a sentiment classifier, RLOO, REINFORCE and PPO
-    uv run -m tests.experiments.run arithmetic                   # answers that are right or wrong
     uv run --with trl==1.16.0 --with datasets -m tests.experiments.run sums    # answers that are right or wrong
     uv run -m tests.experiments.run distill                      # a student beside GRPO, and beside SFT on the teacher
     uv run -m tests.experiments.run turns --data FOLDER --seeds 0 1 2 3 4     # a game, and GSM8K line by line
@@ -54,15 +53,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nano_rl import judge as judges
 from nano_rl import multi_turn, reinforce
 from nano_rl import sums as questions
-from nano_rl.gsm8k import correct, formatted
 from tests.experiments.trl_run import GRPO_LOSSES
 
 LADDER = "reinforce rloo remax raft grpo ppo".split()
 VARIANTS = "dr_grpo gspo cispo dapo reinforce_pp maxrl".split()
 BASELINES = "none mean ema scst".split()
-RULES = "correct formatted".split()  # of gsm8k.py
 EXPERIMENTS = tuple(
-    "ladder first sweep trl preferences imdb arithmetic sums distill turns judge baselines brevity variance".split()
+    "ladder first sweep trl preferences imdb sums distill turns judge baselines brevity variance".split()
 )
 
 
@@ -75,11 +72,6 @@ class Args:
     output_dir: Path = Path("runs/experiments")  # what is in it already is not run again
     flags: str = ""  # more flags for every training run, as in --flags="--num-steps 2"
     logs: Path | None = None  # folder for the config.json and metrics.jsonl of every run, as tests/experiments/logs
-
-
-def correct_and_formatted(prompts: list, completions: list, answer: list, **_) -> list[float]:
-    """R1's two rewards by rule, added (DeepSeek-AI 2025, arXiv 2501.12948)."""
-    return [sum(pair) for pair in zip(correct(prompts, completions, answer), formatted(prompts, completions))]
 
 
 # ---- Run ------------------------------------------------------------------------------------------------------------
@@ -342,43 +334,6 @@ def imdb(args: Args) -> None:
             shares.append([mean(line["reward"] > 0 for line in held_out if line["step"] == step) for step in steps])
         rows.append([name, *(estimate(share) for share in zip(*shares)), *learning(args, name)])
     show(["run", "positive before", "after", *LEARNING], rows)
-
-
-def write_sums(folder: Path) -> tuple[Path, Path, Path]:
-    """Questions to train on, 128 others, and 96 of the former with answers in R1's form."""
-    texts = "Tom has {} apples and buys {} more. How many apples does he have?", "What is {} plus {}?"
-    sums = [(text.format(a, b), a, b) for text in texts for a in range(1, 16) for b in range(1, 16)]
-    random.Random(0).shuffle(sums)
-    rows = [{"prompt": text, "answer": str(a + b)} for text, a, b in sums]
-    forms = [f"<think>{a} + {b} = {a + b}</think><answer>{a + b}</answer>" for _, a, b in sums]
-    examples = [{"prompt": text, "completion": form} for (text, *_), form in zip(sums[:96], forms)]
-    files = {"train.jsonl": rows[:-128], "test.jsonl": rows[-128:], "forms.jsonl": examples}
-    return tuple(write(folder / name, lines) for name, lines in files.items())
-
-
-def arithmetic(args: Args) -> None:
-    """Sums that SmolLM2 gets right now and then, in a few tokens; of GSM8K it solves next to none, in hundreds."""
-    questions, test, examples = write_sums(args.output_dir)
-    task = f"--prompts {questions} --max-new-tokens 32 --num-steps 20 --learning-rate 2e-5 --eval-every 0"
-    rewards = "--reward-fn nano_rl.gsm8k:correct", "--reward-fn tests.experiments.run:correct_and_formatted"
-    train(args, {"sft": f"sft --data {examples} --num-steps 6"})
-    jobs = {"grpo": f"grpo {task} {rewards[0]}", "reinforce": f"reinforce {task} --kl-coef 0.02 {rewards[0]}"}
-    jobs |= {"format": f"grpo {task} {rewards[1]} --model {args.output_dir / 'sft/policy'}"}
-    train_seeds(args, jobs)
-
-    trained = {"sft": ["sft"]} | {name: [f"{name}-{seed}" for seed in args.seeds] for name in jobs}
-    policies = {"start": reinforce.Args.model}
-    policies |= {name: args.output_dir / name / "policy" for name in sum(trained.values(), [])}
-    ask = f"nano_rl.compare --prompts {test} --all-prompts --temperature 0 --num-samples 1 --max-new-tokens 32"
-    ask += f" --policies {' '.join(map(str, policies.values()))} --output-dir {args.output_dir}"
-    run(args, {f"test-{rule}": f"{ask}/test-{rule} --reward-fn nano_rl.gsm8k:{rule}" for rule in RULES})
-    tables = [json.loads((args.output_dir / f"test-{rule}/comparison.json").read_text())["table"] for rule in RULES]
-    shares = [dict(zip(policies, (entry["mean"] for entry in table["reward"].values()))) for table in tables]
-    rows = []
-    for name, runs in {"start": ["start"], **trained}.items():
-        cells = [estimate([share[run] for run in runs]) for share in shares]
-        rows.append([name, *cells, ", ".join(f"{shares[0][run]:.3f}" for run in runs)])
-    show(["policy", "accuracy", "formatted", "accuracy of each seed"], rows)
 
 
 def sums(args: Args) -> None:
