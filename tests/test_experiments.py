@@ -44,6 +44,7 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
             run.write(folder / "metrics.jsonl", [METRICS | row | {"step": step} for step, row in steps.items()])
         config = {"algorithm": file.rpartition(".")[2]} | {name: str(value) for name, value in parsed.items()}
         numbers = {name: value for name, value in parsed.items() if isinstance(value, int | float)}
+        numbers["num_steps"] = numbers.get("num_steps") or 15
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config | numbers))
         row = {"split": "held_out", "completion": "b c"}
@@ -68,7 +69,7 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert "| distill, 5 steps | 288 ± 0 | 0.375 ± 0.000 |" in out  # two steps of 16 completions of 9 tokens
         assert "| grpo, 10 steps | 288 ± 0 | 0.500 ± 0.000 |" in out and "| sft, 10 steps | 480 ± 0 | 0." in out
     elif name == "turns":
-        assert "| start | 0.250 |  |  |  |  |  |" in out and "| lines | 0.250 |  | 0.500 |  |  |  |" in out
+        assert "| start | 0.250 |  | 0.500 |  |  |  |" in out and "| lines | 0.250 |  | 0.500 |  |  |  |" in out
         assert "| game | 0.250 ± 0.000 |  | 0.500 ± 0.000 |  |  |  |" in out
         (games,) = (tmp_path / "out").rglob("games.jsonl")
         rows = [json.loads(line) for line in games.read_text().splitlines()]
@@ -87,14 +88,15 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert "| 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 | +0.250, +0.250, +0.250 | 50 ± 0 |" in out
     if name == "ladder":
         assert compare.read_run(logs / "grpo-2", "eval/reward", "step")[1].keys() == {0, 5, 10}
+        assert json.loads((logs / "grpo-2/topics.json").read_text()) == {"0": 0.5, "10": 0.5}
     assert str(tmp_path) not in "".join(path.read_text() for path in logs.rglob("*.json"))
     if name == "sums":
         assert {path.name for path in (logs / "sums-trl-dapo-1").iterdir()} == {"config.json", "metrics.jsonl"}
-    if name in ("ladder", "trl"):
-        assert " | 0.500 ± 0.000 | 0.500 ± 0.000 |" in out  # the completion "b c" names b and c
+    if name in ("ladder", "trl"):  # the completion "b c" names b and c
         assert "rloo, 10 | 0.250 ± 0.000 | 0.100 ± 0.000 | 0.500 ± 0.000 |" in out
     if name == "ladder":
-        assert "of 15 differences" in out and "| reinforce - rloo | 0.000 ± 0.000 | 1.000 |" in out
+        assert out.count("of 15 differences") == 3 and "| reinforce - rloo | 0.000 ± 0.000 | 1.000 |" in out
+        assert "| grpo | 240 ± 0 | 30 ± 0 |" in out
         assert out.count("\n  before (-1.000): b c\n  after (9.000): b c") == 3
     if name == "judge":
         assert "| nothing | 1.000 ± 0.000 | -3.000 ± 0.000 | 0.500 ± 0.000 | 0.000 ± 0.000 |" in out

@@ -125,7 +125,8 @@ def run_nano_rl(job: dict, clock: Clock, folder: str) -> None:
             clock.end_step(row["step_time"])
 
     parts = {"sample": clock.wrap("sampling", file.sample), "score": clock.wrap("scoring", file.score)}
-    parts |= {"make_sampler": full_length_sampler, "evaluate": lambda *_: ({"eval/reward": torch.tensor(0.0)}, [])}
+    parts |= {"make_sampler": clock.wrap("sampling", full_length_sampler)}
+    parts |= {"evaluate": lambda *_: ({"eval/reward": torch.tensor(0.0)}, [])}
     unsaved = {"save_checkpoint": lambda *_: None, "finish": lambda *_: None}
     with mock.patch.multiple(file, **parts), mock.patch.multiple(file.Run, log=log, **unsaved):
         args = file.Args(model=job["model"], num_steps=job["steps"], output_dir=folder, eval_every=0, **sizes)

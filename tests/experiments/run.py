@@ -1,8 +1,8 @@
 """The README's experiments: trains what they compare, and prints their tables.
 
     uv run -m tests.experiments.run ladder                       # the six algorithms on lexical richness
-    uv run -m tests.experiments.run first                        # REINFORCE with a KL penalty, or half the rate
-    uv run -m tests.experiments.run sweep --seeds 3 --flags="--num-steps 10"    # four learning rates, on their own seed
+    uv run -m tests.experiments.run first                        # REINFORCE with a KL penalty
+    uv run -m tests.experiments.run sweep --seeds 6 --flags="--num-steps 10"    # four learning rates, on their own seed
     uv run --with trl==1.16.0 --with datasets -m tests.experiments.run trl    # TRL's RLOO and GRPO on the same task
     uv run -m tests.experiments.run preferences --data FOLDER    # reward models, and REINFORCE on their scores
     uv run -m tests.experiments.run imdb --data FOLDER           # SFT, a sentiment classifier, RLOO, REINFORCE and PPO
@@ -19,7 +19,7 @@ package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the
 for turns {"question", "answer"}, GSM8K.
 
 The pictures are by uv run --with matplotlib -m nano_rl.compare --plot FILE.svg --runs, with --x kl over the KL, and
-then runs/experiments/ladder/*-? (or the same runs' logs) or runs/experiments/baselines/*-?.
+then tests/experiments/logs/{reinforce,rloo,remax,raft,grpo,ppo}-? or runs/experiments/baselines/*-?.
 
 Each run is a process with its share of the cores, --workers at a time, and leaves its policy, 0.5 GB. One that is done
 is not repeated, so that an experiment that was stopped goes on. A ± is a standard error over seeds, that of a held-out
@@ -70,7 +70,7 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     workers: int = 2  # runs at a time
     output_dir: Path = Path("runs/experiments")  # what is in it already is not run again
-    flags: str = ""  # more flags for every training run, as in --flags="--num-steps 2"
+    flags: str = ""  # more flags for every run that has a seed of its own, as in --flags="--num-steps 2"
     logs: Path | None = None  # folder for the config.json and metrics.jsonl of every run, as tests/experiments/logs
 
 
@@ -107,11 +107,15 @@ def run(args: Args, jobs: dict[str, str]) -> None:
 
 
 def train(args: Args, jobs: dict[str, str]) -> None:
-    run(args, {name: f"nano_rl.{job} {args.flags} --output-dir {args.output_dir / name}" for name, job in jobs.items()})
+    run(args, {name: f"nano_rl.{job} --output-dir {args.output_dir / name}" for name, job in jobs.items()})
+
+
+def of_each_seed(args: Args, jobs: dict[str, str]) -> dict[str, str]:
+    return {f"{name}-{seed}": f"{job} {args.flags} --seed {seed}" for seed in args.seeds for name, job in jobs.items()}
 
 
 def train_seeds(args: Args, jobs: dict[str, str]) -> None:
-    train(args, {f"{name}-{seed}": f"{job} --seed {seed}" for seed in args.seeds for name, job in jobs.items()})
+    train(args, of_each_seed(args, jobs))
 
 
 # ---- Read and show --------------------------------------------------------------------------------------------------
@@ -158,19 +162,22 @@ LEARNING = ["before", "after", "gain", "of each seed", "words", "KL a token", "l
 # ---- The experiments ------------------------------------------------------------------------------------------------
 def stories(args: Args, names: list[str]) -> None:
     """The tables of what train_seeds ran under the names, and whether its stories are about their topics."""
-    rows, course = [], []
+    rows, course, ends = [], [], {"gain": {}, "KL a token": {}, "name their topic": {}}
     for name in names:
+        rows.append([name, *learning(args, name)])
         shares = [topics(args.output_dir / f"{name}-{seed}") for seed in args.seeds]
-        ends = zip(*[(share[min(share)], share[max(share)]) for share in shares])
-        rows.append([name, *learning(args, name), *map(estimate, ends)])
         metrics = [read(args.output_dir / f"{name}-{seed}/metrics.jsonl") for seed in args.seeds]
         for step in sorted(shares[0]):
             now = [next(row for row in run if row["step"] == step) for run in metrics]
             rises = [row["eval/reward"] - run[0]["eval/reward"] for row, run in zip(now, metrics)]
-            cells = estimate(rises), estimate([row["eval/kl"] for row in now])
-            course.append([f"{name}, {step}", *cells, estimate([share[step] for share in shares])])
-    show(["file", *LEARNING, "name their topic before", "after"], rows)
-    show(["file, step", "gain", "KL a token", "name their topic"], course)
+            values = rises, [row["eval/kl"] for row in now], [share[step] for share in shares]
+            course.append([f"{name}, {step}", *map(estimate, values)])
+            for measure, of_seeds in zip(ends, values):
+                ends[measure][name] = of_seeds  # in the end the last step's
+    show(["run", *LEARNING], rows)
+    show(["run, step", *ends], course)
+    for measure, values in ends.items() if len(args.seeds) > 1 else ():
+        differences(values, measure)
 
 
 def topics(folder: Path) -> dict[int, float]:
@@ -191,7 +198,7 @@ def ladder(args: Args) -> None:
     """The six files with their defaults."""
     train_seeds(args, {file: file for file in LADDER})
     stories(args, LADDER)
-    differences({file: gains(args, file) for file in LADDER})
+    show(["file", "completions", "Adam steps"], [[file, *budget(args, file)] for file in LADDER])
     examples(args, "reinforce")
 
 
@@ -217,7 +224,7 @@ def gains(args: Args, name: str) -> list[float]:
     return [rows[-1]["eval/reward"] - rows[0]["eval/reward"] for rows in metrics]
 
 
-def differences(values: dict[str, list[float]]) -> None:
+def differences(values: dict[str, list[float]], measure: str = "") -> None:
     """Of each pair of files, paired by seed, and how often chance alone makes one as clear between any two.
 
     If all files learn alike, a seed's values may as well stand under other names (Tukey 1953, by randomization). p
@@ -238,7 +245,7 @@ def differences(values: dict[str, list[float]]) -> None:
         p = (largest >= of_pair[0] - 1e-9).double().mean().item()
         gaps = [x - y for x, y in zip(values[one], values[other], strict=True)]
         rows.append([f"{one} - {other}", estimate(gaps), f"{p:.3f}" if p >= 0.001 else "< 0.001"])
-    show([f"of {len(rows)} differences, the clearest", "", "p, corrected"], rows[:6])
+    show([f"of {len(rows)} differences, the clearest", measure, "p, corrected"], rows[:6])
 
 
 def examples(args: Args, name: str) -> None:
@@ -253,12 +260,11 @@ def examples(args: Args, name: str) -> None:
 
 
 def first(args: Args) -> None:
-    """README's first command with other settings: what its reward costs in KL and topic."""
-    settings = {f"kl-{beta}": f"--kl-coef {beta}" for beta in (0.003, 0.01, 0.03)}
-    settings["rate-2e-5"] = "--learning-rate 2e-5 --num-steps 30"
-    train_seeds(args, {name: f"reinforce {flags}" for name, flags in settings.items()})
-    stories(args, list(settings))
-    differences({name: gains(args, name) for name in settings})
+    """README's first command with a KL penalty: what it costs in reward, and whether it keeps the topic."""
+    jobs = {f"kl-{beta}": f"reinforce --kl-coef {beta}" for beta in (0.0, 0.01, 0.03)}
+    train_seeds(args, jobs)
+    stories(args, list(jobs))
+    examples(args, "kl-0.03")
 
 
 def sweep(args: Args) -> None:
@@ -271,7 +277,7 @@ def sweep(args: Args) -> None:
 
 def train_trl(args: Args, jobs: dict[str, str]) -> list[str]:
     """As train_seeds, by TRL's trainers; returns the names."""
-    jobs = {f"{name}-{seed}": f"{job} {args.flags} --seed {seed}" for seed in args.seeds for name, job in jobs.items()}
+    jobs = of_each_seed(args, jobs)
     run(args, {n: f"tests.experiments.trl_run {job} --output-dir {args.output_dir / n}" for n, job in jobs.items()})
     return list(dict.fromkeys(name.rpartition("-")[0] for name in jobs))
 
@@ -336,6 +342,15 @@ def imdb(args: Args) -> None:
     show(["run", "positive before", "after", *LEARNING], rows)
 
 
+def shares_right(args: Args, policies: dict[str, str | Path], flags: str) -> dict[str, float]:
+    """The share of sums that each policy gets right, asked once each."""
+    ask = "nano_rl.compare --all-prompts --num-samples 1 --reward-fn nano_rl.sums:correct --max-new-tokens 32"
+    folders = {name: args.output_dir / f"test-{name}" for name in policies}
+    run(args, {f"test-{n}": f"{ask} {flags} --policies {p} --output-dir {folders[n]}" for n, p in policies.items()})
+    tables = {name: json.loads((folder / "comparison.json").read_text())["table"] for name, folder in folders.items()}
+    return {name: next(iter(table["reward"].values()))["mean"] for name, table in tables.items()}
+
+
 def sums(args: Args) -> None:
     """All files whose rewards may tie, and TRL's GRPO: the share right of 128 unseen questions, greedily."""
     learn, test = questions.write(questions.Args(output_dir=str(args.output_dir)))
@@ -345,12 +360,8 @@ def sums(args: Args) -> None:
     train_seeds(args, {file: f"{file} {task}" for file in files})
     trained = files + train_trl(args, {f"trl-{loss}": f"grpo {task} --loss-type {loss}" for loss in GRPO_LOSSES})
     names = [f"{name}-{seed}" for name in trained for seed in args.seeds]
-    ask = f"nano_rl.compare --prompts {test} --all-prompts --reward-fn nano_rl.sums:correct --temperature 0"
-    ask += " --num-samples 1 --max-new-tokens 32 --batch-size 64 --policies"
     policies = {"start": reinforce.Args.model} | {name: args.output_dir / name / "policy" for name in names}
-    run(args, {f"test-{n}": f"{ask} {path} --output-dir {args.output_dir}/test-{n}" for n, path in policies.items()})
-    tests = {n: json.loads((args.output_dir / f"test-{n}/comparison.json").read_text())["table"] for n in policies}
-    right = {n: next(iter(table["reward"].values()))["mean"] for n, table in tests.items()}
+    right = shares_right(args, policies, f"--prompts {test} --temperature 0 --batch-size 64")
     rows, shares = [["start", f"{right['start']:.3f}", "", "", "", ""]], {}
     for name in trained:
         shares[name] = [right[f"{name}-{seed}"] for seed in args.seeds]
@@ -367,7 +378,7 @@ def distill(args: Args) -> None:
     SFT reads answers that the teacher gives at temperature 1, as SFT trains at 1, and holds a tenth of them out."""
     learn, test = questions.write(questions.Args(output_dir=str(args.output_dir)))
     learning = f"--prompts {learn} --reward-fn nano_rl.sums:correct --max-new-tokens 32 --learning-rate 2e-5"
-    train(args, {"teacher": f"grpo {learning} --num-steps 20 --eval-every 0 --seed 3"})
+    train(args, {"teacher": f"grpo {learning} --num-steps 20 --eval-every 0 --seed 6"})
     teacher = args.output_dir / "teacher/policy"
     task = f"{learning} --num-steps 10 --eval-every 5 --eval-prompts {test}"
     jobs = {"distill": f"distill {task} --teacher {teacher}", "grpo": f"grpo {task}"}
@@ -377,21 +388,19 @@ def distill(args: Args) -> None:
     answer = f"{ask} --policies {teacher} --prompts {learn} --num-samples 2 --temperature 1"
     answer += f" --output-dir {args.output_dir}/answers"
     run(args, {f"answers-{seed}": f"{answer}-{seed} --seed {seed}" for seed in args.seeds})
-    tokenizer, tokens, students = AutoTokenizer.from_pretrained(teacher), {}, {"teacher": teacher}
+    tokenizer, tokens = AutoTokenizer.from_pretrained(teacher), {}
+    right = shares_right(args, {"teacher": teacher}, f"--prompts {test}")
     for seed in args.seeds:
         rows = read(args.output_dir / f"answers-{seed}/completions.jsonl")
         rows = [{"prompt": row["prompt"], "completion": row["A"]["completion"]} for row in rows]
         lengths = [len(tokenizer(row["completion"])["input_ids"]) + 1 for row in rows]  # 1: the stop
-        tokens[seed] = mean(min(length, 32) for length in lengths)
+        tokens[seed] = mean(length for length in lengths if length <= 32)
         whole = [row for row, length in zip(rows, lengths) if length <= 32]  # no end where there was none
         data = write(args.output_dir / f"answers-{seed}.jsonl", whole)
         study = f"sft --learning-rate 2e-5 --data {data} --seed {seed}"
         train(args, {f"sft-{steps}-{seed}": f"{study} --num-steps {steps}" for steps in (5, 10)})
-        students |= {f"sft-{steps}-{seed}": args.output_dir / f"sft-{steps}-{seed}/policy" for steps in (5, 10)}
-    one = f"{ask} --prompts {test} --num-samples 1 --policies"  # as an evaluation in a run does
-    run(args, {f"test-{n}": f"{one} {path} --output-dir {args.output_dir}/test-{n}" for n, path in students.items()})
-    tests = {n: json.loads((args.output_dir / f"test-{n}/comparison.json").read_text())["table"] for n in students}
-    right = {n: next(iter(table["reward"].values()))["mean"] for n, table in tests.items()}
+        students = {f"sft-{steps}-{seed}": args.output_dir / f"sft-{steps}-{seed}/policy" for steps in (5, 10)}
+        right |= shares_right(args, students, f"--prompts {test} --seed {seed}")
 
     lessons = 16 * sum(row.get("completions/mean_length", 0) for row in read(args.output_dir / "teacher/metrics.jsonl"))
     rows = [["the teacher, by GRPO, 20 steps", f"{lessons:.0f}", f"{right['teacher']:.3f}"]]
@@ -433,24 +442,27 @@ def turns(args: Args) -> None:
     game += f" --prompts {write(args.output_dir / 'learn.jsonl', learn)}"
     game += f" --eval-prompts {write(args.output_dir / 'unseen.jsonl', unseen * 4)}"  # four episodes of each
     policy = args.output_dir / "sft/policy"
+    train(args, {"start": f"{game} --num-steps 1"})  # of which step 0 counts: the model itself
     train_seeds(args, {"game": f"{game} --num-steps 40 --learning-rate 1e-5 --model {policy}"})
+    show_success(args, {"start": ["start"], "game": [f"game-{seed}" for seed in args.seeds]})
     lines = f"multi_turn --env Lines --prompts {args.data / 'train.jsonl'} --max-new-tokens 48 --num-turns 12"
     lines += f" --eval-prompts {write(args.output_dir / 'questions.jsonl', read(args.data / 'test.jsonl')[:16])}"
-    train(args, {"start": f"{game} --num-steps 1", "lines": f"{lines} --num-steps 3 --eval-every 0"})
-    runs = {name: [name] for name in ("start", "lines")} | {"game": [f"game-{seed}" for seed in args.seeds]}
-    steps = (0, 3, 10, 20, 30, 40)
-    rows = []
-    for name, folders in runs.items():
-        metrics = [{row["step"]: row for row in read(args.output_dir / f / "metrics.jsonl")} for f in folders]
-        if name == "start":
-            metrics = [{0: metrics[0][0]}]  # the model itself, before the one step
-        shares = [[run[step]["eval/reward"] for run in metrics if "eval/reward" in run.get(step, {})] for step in steps]
-        rows.append([name, *[estimate(share) if share else "" for share in shares]])
-    show(["success after", *map(str, steps)], rows)
+    train(args, {"lines": f"{lines} --num-steps 3 --eval-every 0"})
+    show_success(args, {"lines": ["lines"]})
     lines = {"env": "Lines", "prompts": str(args.data / "train.jsonl"), "max_new_tokens": 48, "num_turns": 12}
     tasks = [{"max_new_tokens": 4, "num_turns": 3, "batch_size": 64}, lines]
     cells = [read_again(multi_turn.Args(**task)) for task in tasks]
     show(["a batch of the start's", "seconds", "of reading again", "share"], cells)
+
+
+def show_success(args: Args, runs: dict[str, list[str]]) -> None:
+    steps = (0, 3, 10, 20, 30, 40)
+    rows = []
+    for name, folders in runs.items():
+        metrics = [{row["step"]: row for row in read(args.output_dir / f / "metrics.jsonl")} for f in folders]
+        shares = [[run[step]["eval/reward"] for run in metrics if "eval/reward" in run.get(step, {})] for step in steps]
+        rows.append([name, *[estimate(share) if share else "" for share in shares]])
+    show(["success after", *map(str, steps)], rows)
 
 
 def read_again(options: multi_turn.Args) -> list[str]:
@@ -604,7 +616,7 @@ def variance(args: Args, options: reinforce.Args | None = None, num_batches: int
 
 
 def keep_logs(args: Args) -> None:
-    """Copies what the runs wrote of their settings and steps; of a path on this machine its name alone."""
+    """Copies what the runs wrote of their settings and steps; of a path on this machine its name alone; and topics."""
     for path in args.output_dir.glob("*/metrics.jsonl"):
         run_name = path.parent.name if args.experiment in ("ladder", "trl") else f"{args.experiment}-{path.parent.name}"
         (args.logs / run_name).mkdir(parents=True, exist_ok=True)
@@ -612,6 +624,8 @@ def keep_logs(args: Args) -> None:
         config = json.loads((path.parent / "config.json").read_text())
         config = {n: Path(v).name if Path(str(v)).is_absolute() else v for n, v in config.items()}
         (args.logs / run_name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if args.experiment in ("ladder", "first", "trl"):  # the stories
+            (args.logs / run_name / "topics.json").write_text(json.dumps(topics(path.parent)) + "\n")
 
 
 def main(args: Args) -> None:
