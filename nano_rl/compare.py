@@ -16,7 +16,7 @@ f is the reward, the type-token ratio (distinct words / words), the words or dis
 pairs; Li et al. 2016, 1510.03055, divide by the words of all) of one completion. In (5) the first policy reads every
 text with its own tokenizer and template, without the stop. All policies draw with the same random numbers, which makes
 d_p less noisy: equal policies give equal completions. Runs of one folder form a group if config.json says the same of
-them but for the seed, and where, how long and how often they wrote.
+them but for the seed, torch's version, and where, how long and how often they wrote.
 
 Run: uv run -m nano_rl.compare --policies HuggingFaceTB/SmolLM2-135M-Instruct runs/<time>-rloo/policy
      uv run -m nano_rl.compare --policies runs/gsm8k/policy --prompts test.jsonl --all-prompts --temperature 0
@@ -59,7 +59,7 @@ class Args:  # a flag's comment is its --help
     reward_model: str = ""  # score by a sequence-classification model: a hub name or a folder
     brevity_penalty_scale: float = 0.5  # what the default reward, lexical richness, takes off an empty answer
     num_samples: int = 4  # completions of each prompt (S)
-    batch_size: int = 32  # most completions sampled at a time
+    batch_size: int = 32  # most completions sampled at a time, but at least all of a prompt
     max_new_tokens: int = 64  # most tokens of a completion (T)
     temperature: float = 0.7  # of the policies when they sample; 0: the greedy completion
     seed: int = 0  # of the samples
@@ -72,7 +72,7 @@ class Args:  # a flag's comment is its --help
 
 
 OF_RUNS = {"runs", "metric", "x", "plot"}
-# What may differ within a group of runs: the seed, and what changes no step that two share, as rates are constant.
+# What may differ within a group of runs: the seed, and what changes no step that two share but for rounding.
 SAME_CURVE = "seed output_dir resume track num_steps eval_every save_minutes torch".split()
 
 
@@ -96,7 +96,7 @@ def compute_perplexity(judge: nn.Module, tokenizer, examples: list[dict], args: 
     for row, (example, text) in enumerate(zip(examples, completions, strict=True)):
         # Another policy's text may be longer in the judge's tokens: it reads as many as it can.
         room = tokenizer.model_max_length - len(example["prompt_ids"])
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:room]
+        ids = tokenizer(text.removeprefix(example["begun"]), add_special_tokens=False)["input_ids"][:room]
         if ids:
             input_ids = torch.tensor([example["prompt_ids"] + ids], device=judge.device)  # (1, P + T), so no padding
             ones, positions = torch.ones_like(input_ids), torch.arange(input_ids.shape[1], device=judge.device)[None]

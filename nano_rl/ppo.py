@@ -16,8 +16,8 @@ step has on average the gradient of E[Σ_t r_t], whatever V is; a smaller λ tak
 V starts at the held-out reward, or as --value-model, and the first steps train it alone, with λ = 1: on rewards, not on
 its own guesses (2503.01491). In a step's first update every ρ is 1; later, (6) is flat in a ρ that A drives past 1 ± ε.
 
-N completions, each of its own prompt, over all processes, in (6) and (7) those of a minibatch; n in one process or
-part; P prompt tokens, T completion tokens, H numbers in a hidden state; in log π, V words. π is at --temperature.
+N completions, each of its own prompt, over all processes, but in (6) and (7) those of one minibatch; n in one process
+or part; P prompt tokens, T completion tokens, H numbers in a hidden state. π is at --temperature.
 
     for each step:
         1. sample      N completions from π_θ
@@ -80,7 +80,7 @@ class Args:  # a flag's comment is its --help
     reward_model: str = ""  # score by a sequence-classification model: a hub name or a folder
     brevity_penalty_scale: float = 0.5  # what the default reward, lexical richness, takes off an empty answer
     # Algorithm
-    value_model: str = ""  # start V from this reward model; if not given, from the policy
+    value_model: str = ""  # start V from this reward model, and train all of it; if not given, from the policy
     value_learning_rate: float = 5e-5  # step size of the value model's Adam
     value_warmup_steps: int = 2  # first steps, in which the value model alone is trained
     value_clip: float = 1.0  # clip range of the values (ε_V)
@@ -177,7 +177,7 @@ def make_value_model(policy: nn.Module, args: Args) -> nn.ModuleDict:
         trunks = (trunk, reward_model.base_model)
         kinds = {(type(t), *[m.num_embeddings for m in t.modules() if isinstance(m, nn.Embedding)]) for t in trunks}
         if reward_model.config.num_labels > 1 or len(kinds) > 1:
-            raise InputError(f"--value-model {args.value_model}: must have one label, and read what --model reads")
+            raise InputError(f"--value-model {args.value_model}: must have one label, and --model's class and words")
         return nn.ModuleDict({"trunk": reward_model.base_model, "head": reward_model.score})
     frozen = {id(weight): weight for weight in trunk.parameters() if not weight.requires_grad}  # LoRA's: not copied
     head = nn.Linear(policy.get_output_embeddings().in_features, 1, device=policy.device)
@@ -193,7 +193,7 @@ def tokens_of(parts: list[dict[str, Tensor]], name: str) -> Tensor:
 # ---- Training -------------------------------------------------------------------------------------------------------
 def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
     """Trains, on the rewards of `reward_fn` where one is given, and returns the folder of the run."""
-    run = Run(args)
+    run = Run(args, reward_fn)
     args = run.args  # complete; with --resume, those of that run
     num_completions = run.num_processes * args.batch_size // args.num_minibatches  # N
     if args.batch_size % args.num_minibatches or args.gamma > 1 or args.gae_lambda > 1:
@@ -300,7 +300,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
             samples += eval_samples
         run.log(step, metrics, samples)
 
-    return run.finish(policy, ref_policy.generation_config, tokenizer)
+    return run.finish(policy, tokenizer)
 
 
 # =====================================================================================================================
@@ -439,8 +439,8 @@ def read_template(tokenizer, args: Args) -> tuple[str, int | None]:
         begun, whole = apply(turns[:1], add_generation_prompt=True), apply(turns * 2)
         header = re.sub(r"<(think\w*>?\s*)?$", "", os.path.commonprefix([begun, whole]))  # some write empty thoughts
         ends = tokenizer(whole.rpartition("␟")[2].strip(), add_special_tokens=False)["input_ids"]
-        is_one = len(ends) == 1 or ends and ends[0] in tokenizer.added_tokens_decoder
-        return begun[len(header) :], ends[0] if is_one and ends[0] != tokenizer.unk_token_id else None
+        is_stop = len(ends) == 1 or ends and ends[0] in tokenizer.added_tokens_decoder
+        return begun[len(header) :], ends[0] if is_stop and ends[0] != tokenizer.unk_token_id else None
     return "", None
 
 
@@ -451,7 +451,7 @@ def load_prompts(args: Args, tokenizer, policy: nn.Module) -> tuple[list[dict], 
         return examples, read_prompts(args.eval_prompts, args, tokenizer, policy)
     rows = {example["text"]: example for example in examples}  # one of each prompt
     if len(rows) < 3:
-        raise InputError(f"{args.prompts}: needs 3 different prompts, of which 2 are held out; or give --eval-prompts")
+        raise InputError(f"{args.prompts}: needs 3 different prompts, or --eval-prompts (in compare --all-prompts)")
     held_out = dict(list(rows.items())[-max(2, min(32, len(rows) // 4)) :])
     return [example for example in examples if example["text"] not in held_out], list(held_out.values())
 
@@ -473,7 +473,7 @@ def read_prompts(path: str, args: Args, tokenizer, policy: nn.Module) -> list[di
                 text = tokenizer.apply_chat_template(messages, tokenize=False, **how)
             if goes_on:
                 prompt, begun = messages[:-1], text[text.rindex(messages[-1]["content"].strip()) :]
-            ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # of which some tokenizers add an end
+            ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # some tokenizers add an end
             ids = ids[:-1] if not chat and ids[-1:] in ([tokenizer.eos_token_id], [tokenizer.sep_token_id]) else ids
             if not 0 < len(ids) <= room or max(ids) >= rows:
                 raise ValueError(f"{len(ids)} tokens; context less --max-new-tokens leaves {room}, ids end at {rows}")
@@ -552,7 +552,7 @@ def score(run, reward_fn: Callable, examples: list[dict], batch: dict, completio
 # ---- Run: evaluation, folder, logs, checkpoint, processes -----------------------------------------------------------
 def evaluate(run, policy, ref_policy, tokenizer, prompts: list[dict], reward_fn: Callable) -> tuple:
     """Held-out reward and words and, what the reward does not see, KL to π_ref and log π_ref of a token."""
-    args, group_size = run.args, max(1, 32 // len(prompts))  # 32 completions or, of more prompts, one each
+    args, group_size = run.args, max(1, 32 // len(prompts))  # up to 32 completions or, of more prompts, one each
     examples = [example for example in run.share(prompts) for _ in range(group_size)]
     samples, table = [], [[torch.zeros(0)] * 4]
     set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
@@ -580,11 +580,11 @@ def show(text: str) -> None:
 class Run:
     """A run's folder, which `start` makes, its logs and checkpoint, and the processes that share its work."""
 
-    def __init__(self, args: Args, num_steps=15, saved="policy", shown="reward completions/mean_length kl"):
+    def __init__(self, args: Args, own=None, num_steps=15, saved="policy", shown="reward completions/mean_length kl"):
         self.saved, self.shown = saved, shown  # the folder of what is trained; metrics for the screen
         load_dotenv()  # HF_TOKEN, WANDB_API_KEY
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: a fifth less time in training on a CPU
-        self.accelerator = Accelerator(cpu=torch.backends.mps.is_available(), log_with="wandb")
+        self.accelerator = Accelerator(cpu=torch.backends.mps.is_available())
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index  # a Mac's GPU is untried
         self.num_processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.write = self.accelerator.on_main_process(self.write)
@@ -594,16 +594,16 @@ class Run:
         self.folder = Path(args.resume or broadcast_object_list([folder])[0])  # as the first process names it
         self.args = self.resume(args) if args.resume else replace(args, num_steps=args.num_steps or num_steps)
         for name, default in asdict(Args()).items():
-            kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp", name)
+            kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp|max_grad", name)
             value = kind(getattr(self.args, name) or kind())  # a Path is text
             numbers = [v for v in (value if kind is tuple else [value]) if isinstance(v, int | float)]
             if not all(0 < v < 2**32 or v == 0 and not is_positive for v in numbers):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
             self.args = replace(self.args, **{name: value})
-        files = [Path(v) for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]
-        found = [Path(__file__).stem, self.num_processes, *(hashlib.sha256(f.read_bytes()).hexdigest() for f in files)]
+        files = [Path(v).read_bytes() for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]
+        found = [Path(__file__).stem, bool(own), self.num_processes, *(hashlib.sha256(f).hexdigest() for f in files)]
         if self.state.setdefault("found", found) != found or self.args.num_steps < self.state["step"]:
-            raise InputError(f"cannot resume {self.folder}: other prompts, more or fewer processes, or fewer steps")
+            raise InputError(f"cannot resume {self.folder}: other file, prompts, reward_fn, processes, or fewer steps")
 
     def resume(self, args: Args) -> Args:
         """Reads the checkpoint, and returns the arguments of its run."""
@@ -632,7 +632,8 @@ class Run:
             os.truncate(self.folder / name, size)  # the steps after the checkpoint are made again
         os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
-        self.args.track and self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
+        self.accelerator.log_with = ["wandb"] if self.args.track and importlib.import_module("wandb") else []
+        self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
         self.step_time = self.save_time = time.perf_counter()
 
     def steps(self) -> Iterator[int]:
@@ -690,8 +691,8 @@ class Run:
         rows = [{"split": s, "prompt": e["prompt"], "completion": c, "reward": r} for s, e, c, r in rows]
         names = self.shown.split(), [n for n in metrics if n.startswith("eval/") and not n.endswith("_se")]
         lines = ["  ".join(f"{n} {metrics[n]:.3f}" for n in line if n in metrics) for line in names]
-        reward, is_one = metrics.get("reward"), metrics.get("reward_std") == 0
-        self.state["same"] = [r for r in [*self.state["same"], reward] if is_one and r == reward]  # of the steps so far
+        reward, alike = metrics.get("reward"), metrics.get("reward_std") == 0
+        self.state["same"] = [r for r in [*self.state["same"], reward] if alike and r == reward]  # of the steps so far
         lines += ["no reward differs in three steps: does it find what it seeks?"] * (len(self.state["same"]) == 3)
         lines += [f"{r['prompt']}\n  > {' '.join(r['completion'].split())}" for r in rows if r["split"] != "train"][:1]
         show("\n  ".join([f"step {step}/{self.args.num_steps}  {lines[0]}", *filter(None, lines[1:])]))
@@ -717,10 +718,10 @@ class Run:
         finally:
             shutil.rmtree(room, ignore_errors=True)  # a full disk gets its room back
 
-    def finish(self, model: nn.Module, *others) -> Path:
-        """Saves what from_pretrained loads, an adapter merged, with a generation_config that peft has not changed."""
+    def finish(self, model: nn.Module, tokenizer) -> Path:
+        """Saves what from_pretrained loads, an adapter merged."""
         merged = model.cpu().float().merge_and_unload() if hasattr(model, "peft_config") and self.is_main else model
-        self.write(self.saved, lambda folder: [part.save_pretrained(folder) for part in (merged, *others)])
+        self.write(self.saved, lambda folder: [part.save_pretrained(folder) for part in (merged, tokenizer)])
         show(f"trained {self.saved}: {self.folder / self.saved}")
         self.accelerator.end_training()
         return self.folder

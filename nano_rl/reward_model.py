@@ -12,13 +12,12 @@ y_w is the chosen completion and y_l the rejected one; r_w, r_l are their scores
 σ is the logistic function in (1) and (4), a deviation in (3). η holds the mean of scores, which (1) would not see, near
 0 (Eisenstein et al. 2023, 2312.09244). m is the row's "margin", if any: how much better the chosen one is (Touvron et
 al. 2023, Llama 2, 2307.09288). In (2) the logarithm is taken of the probability that y_w beats y_l, a tie being half a
-win: equal texts cost log 2, as in (1). Chen et al. 2026 (2602.12660) learn such a distribution over the words "1" to
-"9". With three labels or more the score is (3), too, the first label being worth 1.
+win: equal texts cost log 2, as in (1) without m and η. Chen et al. 2026 (2602.12660) learn such a distribution over
+the words "1" to "9". With three labels or more the score is (3), too, the first label being worth 1.
 
-What is scored is the prompt and the completion in the tokenizer's chat template, where it has one: the same tokens, but
-of cut texts, as when another file scores with --reward-model. With --labels a text is no turn of a chat, and the saved
-tokenizer has no template. Accuracy stands beside that of "the longer is better", which people often prefer. N rows a
-step over all processes, n of them in one process or micro-batch; T tokens of a text, d inputs of the head.
+Prompt and completion are scored in the tokenizer's chat template, if any, as another file's --reward-model reads them,
+but for cuts. With --labels a text is no turn of a chat, and the saved tokenizer has no template. Accuracy stands beside
+that of "the longer is better". N rows a step over all processes, n in one or a part; T tokens, d inputs of the head.
 
     for each step:
         1. draw    N rows: each comes once in every pass over the data
@@ -28,7 +27,7 @@ Differs from TRL's RewardTrainer:
     1. A text of more than --max-length tokens loses its beginning, as its end is where it is read; TRL drops the row.
     2. Texts are turns, as messages are: they are wrapped in the chat template. Without one no EOS is appended.
     3. The pad token is never the one that texts end in: a model skips the pads it meets at the end of its input.
-    4. The head starts at N(0, 1/(d+1)) (Huang et al. 2024, 2403.17031), so that scores are about 1; TRL's, narrower.
+    4. The head starts at N(0, 1/(d+1)) (Huang et al. 2024, 2403.17031): scores are about 1; TRL's follows the model.
 
 Run: uv run -m nano_rl.reward_model --pairs pairs.jsonl
 """
@@ -69,7 +68,7 @@ class Args:  # a flag's comment is its --help
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what becomes a reward model: a hub name or a folder
     pairs: str = ""  # JSON lines {"prompt", "chosen", "rejected": text or messages}, maybe "margin" (scalar head)
     labels: str = ""  # instead of pairs: JSON lines {"text": text, "label": 0, 1, ...}
-    eval_pairs: str = ""  # held-out pairs; if not given, those of the last prompts, a tenth (2 to 512)
+    eval_pairs: str = ""  # held-out pairs; if not given, all of the last tenth of the prompts (2 to 512)
     eval_labels: str = ""  # held-out labels; if not given, the last tenth (2 to 512), so shuffle the file
     max_length: int = 1024  # longer texts lose their beginning, in tokens
     # Algorithm
@@ -406,11 +405,11 @@ def show(text: str) -> None:
 class Run:
     """A run's folder, which `start` makes, its logs and checkpoint, and the processes that share its work."""
 
-    def __init__(self, args: Args, num_steps=15, saved="policy", shown="reward completions/mean_length kl"):
+    def __init__(self, args: Args, own=None, num_steps=15, saved="policy", shown="reward completions/mean_length kl"):
         self.saved, self.shown = saved, shown  # the folder of what is trained; metrics for the screen
         load_dotenv()  # HF_TOKEN, WANDB_API_KEY
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: a fifth less time in training on a CPU
-        self.accelerator = Accelerator(cpu=torch.backends.mps.is_available(), log_with="wandb")
+        self.accelerator = Accelerator(cpu=torch.backends.mps.is_available())
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index  # a Mac's GPU is untried
         self.num_processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.write = self.accelerator.on_main_process(self.write)
@@ -420,16 +419,16 @@ class Run:
         self.folder = Path(args.resume or broadcast_object_list([folder])[0])  # as the first process names it
         self.args = self.resume(args) if args.resume else replace(args, num_steps=args.num_steps or num_steps)
         for name, default in asdict(Args()).items():
-            kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp", name)
+            kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp|max_grad", name)
             value = kind(getattr(self.args, name) or kind())  # a Path is text
             numbers = [v for v in (value if kind is tuple else [value]) if isinstance(v, int | float)]
             if not all(0 < v < 2**32 or v == 0 and not is_positive for v in numbers):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
             self.args = replace(self.args, **{name: value})
-        files = [Path(v) for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]
-        found = [Path(__file__).stem, self.num_processes, *(hashlib.sha256(f.read_bytes()).hexdigest() for f in files)]
+        files = [Path(v).read_bytes() for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]
+        found = [Path(__file__).stem, bool(own), self.num_processes, *(hashlib.sha256(f).hexdigest() for f in files)]
         if self.state.setdefault("found", found) != found or self.args.num_steps < self.state["step"]:
-            raise InputError(f"cannot resume {self.folder}: other prompts, more or fewer processes, or fewer steps")
+            raise InputError(f"cannot resume {self.folder}: other file, prompts, reward_fn, processes, or fewer steps")
 
     def resume(self, args: Args) -> Args:
         """Reads the checkpoint, and returns the arguments of its run."""
@@ -458,7 +457,8 @@ class Run:
             os.truncate(self.folder / name, size)  # the steps after the checkpoint are made again
         os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
-        self.args.track and self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
+        self.accelerator.log_with = ["wandb"] if self.args.track and importlib.import_module("wandb") else []
+        self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
         self.step_time = self.save_time = time.perf_counter()
 
     def steps(self) -> Iterator[int]:
@@ -516,8 +516,8 @@ class Run:
         rows = [{"split": s, "prompt": e["prompt"], "completion": c, "reward": r} for s, e, c, r in rows]
         names = self.shown.split(), [n for n in metrics if n.startswith("eval/") and not n.endswith("_se")]
         lines = ["  ".join(f"{n} {metrics[n]:.3f}" for n in line if n in metrics) for line in names]
-        reward, is_one = metrics.get("reward"), metrics.get("reward_std") == 0
-        self.state["same"] = [r for r in [*self.state["same"], reward] if is_one and r == reward]  # of the steps so far
+        reward, alike = metrics.get("reward"), metrics.get("reward_std") == 0
+        self.state["same"] = [r for r in [*self.state["same"], reward] if alike and r == reward]  # of the steps so far
         lines += ["no reward differs in three steps: does it find what it seeks?"] * (len(self.state["same"]) == 3)
         lines += [f"{r['prompt']}\n  > {' '.join(r['completion'].split())}" for r in rows if r["split"] != "train"][:1]
         show("\n  ".join([f"step {step}/{self.args.num_steps}  {lines[0]}", *filter(None, lines[1:])]))
@@ -543,10 +543,10 @@ class Run:
         finally:
             shutil.rmtree(room, ignore_errors=True)  # a full disk gets its room back
 
-    def finish(self, model: nn.Module, *others) -> Path:
-        """Saves what from_pretrained loads, an adapter merged, with a generation_config that peft has not changed."""
+    def finish(self, model: nn.Module, tokenizer) -> Path:
+        """Saves what from_pretrained loads, an adapter merged."""
         merged = model.cpu().float().merge_and_unload() if hasattr(model, "peft_config") and self.is_main else model
-        self.write(self.saved, lambda folder: [part.save_pretrained(folder) for part in (merged, *others)])
+        self.write(self.saved, lambda folder: [part.save_pretrained(folder) for part in (merged, tokenizer)])
         show(f"trained {self.saved}: {self.folder / self.saved}")
         self.accelerator.end_training()
         return self.folder

@@ -5,8 +5,7 @@ by token. It is RAFT on answers that others have written, at temperature 1, but 
 
     L = -1/M Σ_i Σ_t log π_θ(y_i,t | x_i, y_i,<t),   M = Σ_i |y_i|                                             (1)
 
-The sum runs over the tokens of completions only: the policy is to answer prompts, not to write them. M counts those of
-the whole batch, over all processes, so that each token weighs the same, and a long completion more than a short one.
+Completions alone are learnt. M counts their tokens over all processes, so a long one weighs more than a short one.
 
 The prompt x is tokenised as the other files tokenise the one that they sample an answer to. The completion y is what
 the chat template adds once it is answered, up to the stop token, which trains like any other: a policy that is not
@@ -286,11 +285,11 @@ def show(text: str) -> None:
 class Run:
     """A run's folder, which `start` makes, its logs and checkpoint, and the processes that share its work."""
 
-    def __init__(self, args: Args, num_steps=15, saved="policy", shown="reward completions/mean_length kl"):
+    def __init__(self, args: Args, own=None, num_steps=15, saved="policy", shown="reward completions/mean_length kl"):
         self.saved, self.shown = saved, shown  # the folder of what is trained; metrics for the screen
         load_dotenv()  # HF_TOKEN, WANDB_API_KEY
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: a fifth less time in training on a CPU
-        self.accelerator = Accelerator(cpu=torch.backends.mps.is_available(), log_with="wandb")
+        self.accelerator = Accelerator(cpu=torch.backends.mps.is_available())
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index  # a Mac's GPU is untried
         self.num_processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.write = self.accelerator.on_main_process(self.write)
@@ -300,16 +299,16 @@ class Run:
         self.folder = Path(args.resume or broadcast_object_list([folder])[0])  # as the first process names it
         self.args = self.resume(args) if args.resume else replace(args, num_steps=args.num_steps or num_steps)
         for name, default in asdict(Args()).items():
-            kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp", name)
+            kind, is_positive = type(default), re.match("num_[^s]|.*_(tokens|length)|batch|temp|max_grad", name)
             value = kind(getattr(self.args, name) or kind())  # a Path is text
             numbers = [v for v in (value if kind is tuple else [value]) if isinstance(v, int | float)]
             if not all(0 < v < 2**32 or v == 0 and not is_positive for v in numbers):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and below 2**32, some may be 0")
             self.args = replace(self.args, **{name: value})
-        files = [Path(v) for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]
-        found = [Path(__file__).stem, self.num_processes, *(hashlib.sha256(f.read_bytes()).hexdigest() for f in files)]
+        files = [Path(v).read_bytes() for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]
+        found = [Path(__file__).stem, bool(own), self.num_processes, *(hashlib.sha256(f).hexdigest() for f in files)]
         if self.state.setdefault("found", found) != found or self.args.num_steps < self.state["step"]:
-            raise InputError(f"cannot resume {self.folder}: other prompts, more or fewer processes, or fewer steps")
+            raise InputError(f"cannot resume {self.folder}: other file, prompts, reward_fn, processes, or fewer steps")
 
     def resume(self, args: Args) -> Args:
         """Reads the checkpoint, and returns the arguments of its run."""
@@ -338,7 +337,8 @@ class Run:
             os.truncate(self.folder / name, size)  # the steps after the checkpoint are made again
         os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
-        self.args.track and self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
+        self.accelerator.log_with = ["wandb"] if self.args.track and importlib.import_module("wandb") else []
+        self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
         self.step_time = self.save_time = time.perf_counter()
 
     def steps(self) -> Iterator[int]:
@@ -396,8 +396,8 @@ class Run:
         rows = [{"split": s, "prompt": e["prompt"], "completion": c, "reward": r} for s, e, c, r in rows]
         names = self.shown.split(), [n for n in metrics if n.startswith("eval/") and not n.endswith("_se")]
         lines = ["  ".join(f"{n} {metrics[n]:.3f}" for n in line if n in metrics) for line in names]
-        reward, is_one = metrics.get("reward"), metrics.get("reward_std") == 0
-        self.state["same"] = [r for r in [*self.state["same"], reward] if is_one and r == reward]  # of the steps so far
+        reward, alike = metrics.get("reward"), metrics.get("reward_std") == 0
+        self.state["same"] = [r for r in [*self.state["same"], reward] if alike and r == reward]  # of the steps so far
         lines += ["no reward differs in three steps: does it find what it seeks?"] * (len(self.state["same"]) == 3)
         lines += [f"{r['prompt']}\n  > {' '.join(r['completion'].split())}" for r in rows if r["split"] != "train"][:1]
         show("\n  ".join([f"step {step}/{self.args.num_steps}  {lines[0]}", *filter(None, lines[1:])]))
@@ -423,10 +423,10 @@ class Run:
         finally:
             shutil.rmtree(room, ignore_errors=True)  # a full disk gets its room back
 
-    def finish(self, model: nn.Module, *others) -> Path:
-        """Saves what from_pretrained loads, an adapter merged, with a generation_config that peft has not changed."""
+    def finish(self, model: nn.Module, tokenizer) -> Path:
+        """Saves what from_pretrained loads, an adapter merged."""
         merged = model.cpu().float().merge_and_unload() if hasattr(model, "peft_config") and self.is_main else model
-        self.write(self.saved, lambda folder: [part.save_pretrained(folder) for part in (merged, *others)])
+        self.write(self.saved, lambda folder: [part.save_pretrained(folder) for part in (merged, tokenizer)])
         show(f"trained {self.saved}: {self.folder / self.saved}")
         self.accelerator.end_training()
         return self.folder

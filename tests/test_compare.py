@@ -121,9 +121,12 @@ def test_perplexity(config):
     prompts = ["write about the sea", "old stone", "tree"]
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     texts = ["the sun sings", "far", "", "red blue " * 40, "", ""]
-    examples = [{"prompt": prompt, "prompt_ids": ids} for prompt, ids in zip(prompts, prompt_ids) for _ in range(2)]
+    begun = ["sea", "", ""]  # of the prompt's end, what is the answer's beginning: read once
+    rows = list(zip(prompts, prompt_ids, begun))
+    examples = [{"prompt": p, "prompt_ids": ids, "begun": b} for p, ids, b in rows for _ in range(2)]
     args = compare.Args(num_samples=2, temperature=0.5)  # the policies' temperature, not the judge's
-    perplexity = compare.compute_perplexity(judge, tokenizer, examples, args, texts)
+    answers = [example["begun"] + text for example, text in zip(examples, texts)]
+    perplexity = compare.compute_perplexity(judge, tokenizer, examples, args, answers)
     assert perplexity.shape == (3,) and perplexity[2].isnan(), "only empty texts"
     with torch.no_grad():
         first = [tokenizer(text)["input_ids"] for text in texts[:2]]

@@ -539,6 +539,14 @@ def test_12_runs_of_one_name_are_two_on_wandb(model, tmp_path, monkeypatch):
     assert len(list((folder / "wandb").glob(f"offline-run-*-{ids[-1]}"))) == 2, "a resumed run goes on there"
 
 
+def test_12_wandb_is_missed_only_where_it_is_asked_for(model, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run(model, tmp_path / "run", num_steps=1, eval_every=0)
+    assert not [warning for warning in recwarn if "tracker" in str(warning.message)]
+    with pytest.raises(ModuleNotFoundError, match="wandb"):
+        run(model, tmp_path / "tracked", num_steps=1, eval_every=0, track=True)
+
+
 def test_13_arguments_of_other_types_work(model, tmp_path):
     """The kind: a value that is right and of a type that JSON does not know."""
     numbers = {"learning_rate": np.float32(1e-4), "num_steps": np.int64(1), "batch_size": torch.tensor(4)}
@@ -590,13 +598,28 @@ def test_15_a_resumed_run_finds_the_prompts_and_processes_that_it_began_with(mod
         folder = run(model, tmp_path / flag, num_steps=1, eval_every=0, **{flag: file})
         with open(file, "a") as lines:
             lines.write('{"prompt": "d"}\n')
-        with pytest.raises(reinforce.InputError, match="cannot resume .*: other prompts, more or fewer processes"):
+        with pytest.raises(reinforce.InputError, match="cannot resume .*: other file, prompts, reward_fn, processes"):
             reinforce.train(reinforce.Args(resume=str(folder), num_steps=2))
         prompts_file(Path(file), "a", "b", "the sea", "c")
         reinforce.train(reinforce.Args(resume=str(folder), num_steps=2))
     monkeypatch.setattr(reinforce.Accelerator, "num_processes", 2)
-    with pytest.raises(reinforce.InputError, match="more or fewer processes"):
+    with pytest.raises(reinforce.InputError, match="processes"):
         reinforce.train(reinforce.Args(resume=str(folder), num_steps=3))
+
+
+def test_15_a_run_on_a_function_goes_on_with_one(model, tmp_path):
+    """In Python, where no flag names it: its curve would go on in lexical richness."""
+
+    def reward_fn(completions, **_):
+        return [float(len(completion)) for completion in completions]
+
+    folder = reinforce.train(reinforce.Args(model=model, output_dir=str(tmp_path / "own"), **TINY), reward_fn)
+    with pytest.raises(reinforce.InputError, match="cannot resume .*reward_fn"):
+        reinforce.train(reinforce.Args(resume=str(folder), num_steps=4))
+    reinforce.train(reinforce.Args(resume=str(folder), num_steps=4), reward_fn)
+    folder = run(model, tmp_path / "richness", num_steps=1, eval_every=0)
+    with pytest.raises(reinforce.InputError, match="cannot resume .*reward_fn"):
+        reinforce.train(reinforce.Args(resume=str(folder), num_steps=2), reward_fn)
 
 
 def test_16_a_reward_function_may_change_what_it_gets(model, tmp_path):

@@ -27,7 +27,7 @@ def refused(model, tmp_path, **args) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("name", ["batch_size", "max_new_tokens", "micro_batch_tokens", "temperature"])
+@pytest.mark.parametrize("name", ["batch_size", "max_new_tokens", "micro_batch_tokens", "temperature", "max_grad_norm"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_numbers_that_must_be_positive(model, tmp_path, name, value):
     flag = f"--{name.replace('_', '-')}"

@@ -158,11 +158,11 @@ def test_value_models_that_cannot_be(model, tmp_path):
         "tokens": save_reward_model(tmp_path / "tokens", config=llama_config(9, pad_token_id=0)),
     }
     for name in others.values():
-        with pytest.raises(ppo.InputError, match=f"--value-model {name}: must have one label, and read what --model"):
+        with pytest.raises(ppo.InputError, match=f"--value-model {name}: must have one label, and --model's class"):
             run(model, tmp_path / "run", value_model=name)
     policy = save_policy(tmp_path / "policy", gpt2_config(len(tokenizer)))
     short = save_reward_model(tmp_path / "short", config=gpt2_config(len(tokenizer), n_positions=32, pad_token_id=0))
-    with pytest.raises(ppo.InputError, match="must have one label, and read what --model reads"):
+    with pytest.raises(ppo.InputError, match="must have one label, and --model's class and words"):
         run(policy, tmp_path / "run", value_model=short)
     with pytest.raises(ppo.InputError, match="missing: \\[.*score.weight"):
         run(model, tmp_path / "run", value_model=model)
