@@ -177,7 +177,7 @@ def make_value_model(policy: nn.Module, args: Args) -> nn.ModuleDict:
         trunks = (trunk, reward_model.base_model)
         kinds = {(type(t), *[m.num_embeddings for m in t.modules() if isinstance(m, nn.Embedding)]) for t in trunks}
         if reward_model.config.num_labels > 1 or len(kinds) > 1:
-            raise InputError(f"--value-model {args.value_model}: must have one label, and --model's class and words")
+            raise InputError(f"--value-model {args.value_model}: must have one label, and --model's class and sizes")
         return nn.ModuleDict({"trunk": reward_model.base_model, "head": reward_model.score})
     frozen = {id(weight): weight for weight in trunk.parameters() if not weight.requires_grad}  # LoRA's: not copied
     head = nn.Linear(policy.get_output_embeddings().in_features, 1, device=policy.device)

@@ -162,7 +162,7 @@ def test_value_models_that_cannot_be(model, tmp_path):
             run(model, tmp_path / "run", value_model=name)
     policy = save_policy(tmp_path / "policy", gpt2_config(len(tokenizer)))
     short = save_reward_model(tmp_path / "short", config=gpt2_config(len(tokenizer), n_positions=32, pad_token_id=0))
-    with pytest.raises(ppo.InputError, match="must have one label, and --model's class and words"):
+    with pytest.raises(ppo.InputError, match="must have one label, and --model's class and sizes"):
         run(policy, tmp_path / "run", value_model=short)
     with pytest.raises(ppo.InputError, match="missing: \\[.*score.weight"):
         run(model, tmp_path / "run", value_model=model)
