@@ -72,6 +72,12 @@ def small(module) -> set[str]:
     return SMALL.keys() & {field.name for field in fields(module.Args)}
 
 
+def expand(word: str) -> list[str]:  # as a shell does
+    before, choices, after = re.fullmatch(r"([^{]*)\{?([^}]*)\}?(.*)", word).groups()
+    words = [before + choice + after for choice in choices.split(",")] if "{" in word else [word]
+    return [path for word in words for path in (sorted(glob.glob(word)) if re.search("[*?]", word) else [word])]
+
+
 @pytest.mark.parametrize("name, flags", COMMANDS, ids=lambda words: words)
 def test_a_command_of_the_readme(name, flags, folder, model, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
@@ -84,7 +90,7 @@ def test_a_command_of_the_readme(name, flags, folder, model, tmp_path, monkeypat
         with pytest.raises(SystemExit, match="0"):
             tyro.cli(module.Args, args=words)
         return
-    words = [word for w in words for word in (glob.glob(w) if "*" in w else [w])]
+    words = [word for w in words for word in expand(w)]
     assert not [word for word in words if word.startswith("tests/") and not Path(word).exists()]
     args = tyro.cli(module.Args, args=words)
 

@@ -135,7 +135,7 @@ def main(args: Args) -> None:
         max_steps=args.num_steps,
         seed=args.seed,
     ).train()
-    run.finish(policy, ref_policy.generation_config, tokenizer)
+    run.finish(policy, tokenizer)
 
 
 if __name__ == "__main__":
