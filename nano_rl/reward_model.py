@@ -236,7 +236,7 @@ def load(auto_class: type, name: str, device: torch.device, dtype: torch.dtype =
         if bad or info["missing_keys"] or hasattr(model, "peft_config"):  # a run's policy/ is merged, in float32
             raise ValueError(f"merge an adapter; missing: {[*info['missing_keys']]}, quantized or not finite: {bad}")
     except Exception as error:  # a hub, a folder and a file of weights have many
-        raise InputError(f"cannot load {name}: check the name, the network and HF_TOKEN in .env ({error})") from error
+        raise InputError(f"cannot load {name}: check name (RUN/policy), network, HF_TOKEN in .env ({error})") from error
     limits = [getattr(model.config.get_text_config(), n, None) for n in ("max_position_embeddings", "max_seq_len")]
     tokenizer.model_max_length = next(filter(None, limits), 2**31)  # of the two names that configs have for it
     return model.eval().to(device), tokenizer
@@ -433,8 +433,8 @@ class Run:
     def resume(self, args: Args) -> Args:
         """Reads the checkpoint, and returns the arguments of its run."""
         given = {name: value for name, value in asdict(args).items() if value != getattr(Args, name)}
-        if given.keys() - {"resume", "num_steps"}:
-            raise InputError(f"--resume takes the run's own flags; only --num-steps may stand beside it, not {given}")
+        if others := given.keys() - {"resume", "num_steps"}:
+            raise InputError(f"--resume takes the run's own flags; only --num-steps may stand beside it, not {others}")
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu")
@@ -451,7 +451,7 @@ class Run:
         text, left = json.dumps(config, indent=2), ("config.json", "wandb")  # by a start of the same that failed
         others = [p for p in self.folder.glob("*") if p.name not in left or p.is_file() and p.read_text() != text]
         if self.is_main and not self.args.resume and others:
-            raise InputError(f"--output-dir {self.folder} is not empty: choose another, or --resume it")
+            raise InputError(f"--output-dir {self.folder} is not empty: choose another, delete it, or --resume it")
         self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
         for name, size in self.state["log_sizes"].items() if self.is_main else ():
             os.truncate(self.folder / name, size)  # the steps after the checkpoint are made again
@@ -520,7 +520,7 @@ class Run:
         self.state["same"] = [r for r in [*self.state["same"], reward] if alike and r == reward]  # of the steps so far
         lines += ["no reward differs in three steps: does it find what it seeks?"] * (len(self.state["same"]) == 3)
         lines += [f"{r['prompt']}\n  > {' '.join(r['completion'].split())}" for r in rows if r["split"] != "train"][:1]
-        show("\n  ".join([f"step {step}/{self.args.num_steps}  {lines[0]}", *filter(None, lines[1:])]))
+        show("\n  ".join([f"step {step}/{self.args.num_steps}  {lines[0]}".rstrip(), *filter(None, lines[1:])]))
         for name, entries in (("metrics.jsonl", [metrics]), ("completions.jsonl", rows)) if self.is_main else ():
             with open(self.folder / name, "a" if step else "x", encoding="utf-8") as file:  # x: of no other run
                 file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in entries)

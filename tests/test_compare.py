@@ -320,7 +320,7 @@ def test_flags_that_do_not_fit(args, message, tmp_path, monkeypatch):
 def test_bad_input(model, tmp_path):
     folder = str(tmp_path / "comparison")
     message = refused(policies=(model, "no-one/no-such-model"), output_dir=folder, **TINY)
-    assert message.startswith("cannot load no-one/no-such-model: check the name, the network")
+    assert message.startswith("cannot load no-one/no-such-model: check name (RUN/policy), network")
     message = refused(policies=(model, model), output_dir=folder, prompts=str(tmp_path / "none.jsonl"), **TINY)
     assert "No such file" in message
     assert not list(Path(folder).iterdir())

@@ -161,5 +161,5 @@ def test_completions_fit_the_teachers_context(model, tmp_path):
 
 
 def test_a_teacher_that_is_not_there(model, tmp_path):
-    with pytest.raises(distill.InputError, match="cannot load none/none: check the name"):
+    with pytest.raises(distill.InputError, match="cannot load none/none: check name"):
         train(distill, model, tmp_path / "run", teacher="none/none")

@@ -75,7 +75,7 @@ def test_one_completion_is_its_own_mean(model, tmp_path):
 def test_a_model_that_is_not_there(tmp_path):
     """Neither a folder nor, without a network, on the hub."""
     message = refused("no-one/no-such-model", tmp_path)
-    assert message.startswith("cannot load no-one/no-such-model: check the name, the network and HF_TOKEN in .env (")
+    assert message.startswith("cannot load no-one/no-such-model: check name (RUN/policy), network, HF_TOKEN in .env (")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert str(empty) in refused(str(empty), tmp_path)

@@ -171,7 +171,7 @@ def test_questions_and_name_come_from_the_env_file(tmp_path, monkeypatch, capsys
 
 def test_a_judge_that_is_not_there(monkeypatch):
     monkeypatch.setenv("JUDGE_MODEL", "none/none")
-    with pytest.raises(InputError, match="cannot load none/none: check the name"):
+    with pytest.raises(InputError, match="cannot load none/none: check name"):
         judge.score(["a"], ["b"])
 
 

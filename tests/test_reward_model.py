@@ -772,7 +772,7 @@ def test_too_few_rows(model, tmp_path):
         ({"pairs": "a", "max_length": -1}, "--max-length -1: must be above 0"),
         ({"pairs": "a", "center_coef": -1.0}, "--center-coef -1.0: must be above 0"),
         ({"pairs": "no/such/file"}, "cannot read no/such/file"),
-        ({"pairs": "a", "model": "no-one/none"}, "cannot load no-one/none: check the name"),
+        ({"pairs": "a", "model": "no-one/none"}, "cannot load no-one/none: check name"),
     ],
 )
 def test_bad_arguments(model, args, message):

@@ -515,7 +515,7 @@ def test_a_template_that_changes_its_prompt(tmp_path):
         ({"data": "a", "num_steps": -1}, "--num-steps -1: must be above 0"),
         ({"data": "a", "max_length": 0}, "--max-length 0: must be above 0"),
         ({"data": "no/such/file"}, "cannot read no/such/file"),
-        ({"data": "a", "model": "no-one/none"}, "cannot load no-one/none: check the name"),
+        ({"data": "a", "model": "no-one/none"}, "cannot load no-one/none: check name"),
     ],
 )
 def test_bad_arguments(model, args, message):
