@@ -81,7 +81,7 @@ def test_a_run_writes_its_files(model, tmp_path, options, capsys):
     assert {row["step"] for row in completions} == {0, 1, 2, 3}
     out = capsys.readouterr().out
     for step in range(4):
-        assert f"step {step}/3  " in out
+        assert f"step {step}/3" + ("  " if step else "\n") in out
     assert out.count("  eval/reward ") == (2 if "eval_every" in options else 3)
     assert max(len(line) for line in out.splitlines() if line.startswith(("step ", "  eval"))) <= 80
     assert out.count("Write a long story about a ferry.\n  > ") == (2 if "eval_every" in options else 3)
