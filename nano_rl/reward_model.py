@@ -457,7 +457,7 @@ class Run:
             os.truncate(self.folder / name, size)  # the steps after the checkpoint are made again
         os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
-        self.accelerator.log_with = ["wandb"] if self.args.track and importlib.import_module("wandb") else []
+        self.accelerator.log_with = ["wandb"] if self.args.track else []  # earlier, a run without wandb would warn
         self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
         self.step_time = self.save_time = time.perf_counter()
 

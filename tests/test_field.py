@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import accelerate.tracking
 import numpy as np
 import pytest
 import torch
@@ -541,6 +542,7 @@ def test_12_runs_of_one_name_are_two_on_wandb(model, tmp_path, monkeypatch):
 
 def test_12_wandb_is_missed_only_where_it_is_asked_for(model, tmp_path, monkeypatch, recwarn):
     monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
     run(model, tmp_path / "run", num_steps=1, eval_every=0)
     assert not [warning for warning in recwarn if "tracker" in str(warning.message)]
     with pytest.raises(ModuleNotFoundError, match="wandb"):
