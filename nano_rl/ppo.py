@@ -17,7 +17,7 @@ V starts at the held-out reward, or as --value-model, and the first steps train 
 its own guesses (2503.01491). In a step's first update every ρ is 1; later, (6) is flat in a ρ that A drives past 1 ± ε.
 
 N completions, each of its own prompt, over all processes, but in (6) and (7) those of one minibatch; n in one process
-or part; P prompt tokens, T completion tokens, H numbers in a hidden state. π is at --temperature.
+or part; P prompt tokens, T completion tokens, H numbers in a hidden state, in logits V words. π is at --temperature.
 
     for each step:
         1. sample      N completions from π_θ
@@ -581,7 +581,7 @@ class Run:
     """A run's folder, which `start` makes, its logs and checkpoint, and the processes that share its work."""
 
     def __init__(self, args: Args, own=None, num_steps=15, saved="policy", shown="reward completions/mean_length kl"):
-        self.saved, self.shown = saved, shown  # the folder of what is trained; metrics for the screen
+        self.saved, self.shown = saved, shown  # the result's folder, metrics to show; own: train's function
         load_dotenv()  # HF_TOKEN, WANDB_API_KEY
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: a fifth less time in training on a CPU
         self.accelerator = Accelerator(cpu=torch.backends.mps.is_available())

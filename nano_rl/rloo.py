@@ -469,7 +469,7 @@ class Run:
     """A run's folder, which `start` makes, its logs and checkpoint, and the processes that share its work."""
 
     def __init__(self, args: Args, own=None, num_steps=15, saved="policy", shown="reward completions/mean_length kl"):
-        self.saved, self.shown = saved, shown  # the folder of what is trained; metrics for the screen
+        self.saved, self.shown = saved, shown  # the result's folder, metrics to show; own: train's function
         load_dotenv()  # HF_TOKEN, WANDB_API_KEY
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: a fifth less time in training on a CPU
         self.accelerator = Accelerator(cpu=torch.backends.mps.is_available())

@@ -5,7 +5,7 @@ by token. It is RAFT on answers that others have written, at temperature 1, but 
 
     L = -1/M Σ_i Σ_t log π_θ(y_i,t | x_i, y_i,<t),   M = Σ_i |y_i|                                             (1)
 
-Completions alone are learnt. M counts their tokens over all processes, so a long one weighs more than a short one.
+Prompts are to be answered, not learnt. M counts completions' tokens over all processes, so a long one weighs more.
 
 The prompt x is tokenised as the other files tokenise the one that they sample an answer to. The completion y is what
 the chat template adds once it is answered, up to the stop token, which trains like any other: a policy that is not
@@ -286,7 +286,7 @@ class Run:
     """A run's folder, which `start` makes, its logs and checkpoint, and the processes that share its work."""
 
     def __init__(self, args: Args, own=None, num_steps=15, saved="policy", shown="reward completions/mean_length kl"):
-        self.saved, self.shown = saved, shown  # the folder of what is trained; metrics for the screen
+        self.saved, self.shown = saved, shown  # the result's folder, metrics to show; own: train's function
         load_dotenv()  # HF_TOKEN, WANDB_API_KEY
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: a fifth less time in training on a CPU
         self.accelerator = Accelerator(cpu=torch.backends.mps.is_available())
