@@ -124,12 +124,12 @@ def compute_loss(
     mask: Tensor,
     clip_coef: float,
     kl_coef: float,
-    num_tokens: int,
+    total_tokens: int,
 ) -> Tensor:
-    """(4): what n rows, advantages (n,), all else (n, T), add to the mean over M = `num_tokens`."""
+    """(4): what n rows, advantages (n,), all else (n, T), add to the mean over M = `total_tokens`."""
     advantages = advantages[:, None]  # (n, 1)
     objective = ratio.detach().clamp(max=1 + clip_coef) * advantages * logprobs - kl_coef * kl
-    return -(objective * mask).sum() / num_tokens  # (4), a mean over the tokens of all
+    return -(objective * mask).sum() / total_tokens  # (4), a mean over the tokens of all
 
 
 def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
@@ -181,7 +181,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         # 4. update
         del sampler  # which makes room for the gradients
         parts = list(micro_batches(batch, args.micro_batch_tokens))  # the same in every update
-        num_tokens = run.gather(batch["mask"].sum()).sum().item()  # M
+        total_tokens = run.gather(batch["mask"].sum()).sum().item()  # M
         logged = []  # of each token in each update, also the first: ratio, is_clipped, KL
         grad_norms = []
         for _ in range(args.num_updates):
@@ -192,7 +192,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
                 ratio = compute_ratio(logprobs, old_logprobs)  # (n, T)
                 kl = compute_kl(logprobs, part.get("ref_logprobs", logprobs.detach()))  # (n, T), 0 where β is 0
                 advantage = part["advantages"]  # (n,)
-                loss = compute_loss(ratio, logprobs, kl, advantage, mask, args.clip_coef, args.kl_coef, num_tokens)
+                loss = compute_loss(ratio, logprobs, kl, advantage, mask, args.clip_coef, args.kl_coef, total_tokens)
                 loss.backward()
                 is_clipped = ratio > 1 + args.clip_coef  # (n, T)
                 logged.append(torch.stack([ratio, is_clipped, kl]).detach()[:, mask.bool()])  # (3, tokens)
@@ -475,7 +475,7 @@ def evaluate(run, policy, ref_policy, tokenizer, prompts: list[dict], reward_fn:
     args, group_size = run.args, max(1, 32 // len(prompts))  # up to 32 completions or, of more prompts, one each
     examples = [example for example in run.share(prompts) for _ in range(group_size)]
     samples, table = [], [[torch.zeros(0)] * 4]
-    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
+    set_seed((args.seed + run.rank) % 2**32)  # the same seed at every evaluation
     sampler = make_sampler(policy, tokenizer, args)
     for part in [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]:
         batch, completions = sample(sampler, tokenizer, part, args.temperature)

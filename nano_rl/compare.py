@@ -3,19 +3,19 @@
 Prompts are the sample, not completions, and two policies are compared on each prompt before the mean is taken (Miller
 2024, arXiv 2411.00640). The test needs no distribution: Fisher 1935 (The Design of Experiments, chapter III).
 
-    m_p   = 1/S Σ_s f(y_p,s)                         statistic f on prompt p, over S completions              (1)
-    m     = 1/n Σ_p m_p,   se = std(m_p) / √n        over n prompts, or over n runs                           (2)
-    d_p   = m_p - m_p of the first policy            its mean and se as in (2)                                (3)
-    p     = 2^-n #{σ ∈ {-1,1}^n: |Σ σ_p d_p| ≥ |Σ d_p|}   if no policy is better, the sign of d_p is a coin   (4)
-    PPL_p = exp(-Σ_s,t log π_1(y_t) / Σ_s T_s)       perplexity under the first policy, at temperature 1      (5)
+    m_x   = 1/S Σ_s f(y_x,s)                         statistic f on prompt x, over S completions              (1)
+    m     = 1/n Σ_x m_x,   se = std(m_x) / √n        over n prompts, or over n runs                           (2)
+    d_x   = m_x - m_x of the first policy            its mean and se as in (2)                                (3)
+    p     = 2^-n #{σ ∈ {-1,1}^n: |Σ σ_x d_x| ≥ |Σ d_x|}   if no policy is better, the sign of d_x is a coin   (4)
+    PPL_x = exp(-Σ_s,t log π_1(y_t) / Σ_s T_s)       perplexity under the first policy, at temperature 1      (5)
 
-(4) assumes independent prompts and, if no policy is better, d_p as likely as -d_p. Exact up to 13 prompts, never below
+(4) assumes independent prompts and, if no policy is better, d_x as likely as -d_x. Exact up to 13 prompts, never below
 2^(1-n), 0.008 for 8; above, of 10,000 sign patterns. Of many policies and columns one is small by chance.
 
 f is the reward, the type-token ratio (distinct words / words), the words or distinct-2 (distinct pairs of neighbours /
 pairs; Li et al. 2016, 1510.03055, divide by the words of all) of one completion. In (5) the first policy reads every
 text with its own tokenizer and template, without the stop. All policies draw with the same random numbers, which makes
-d_p less noisy: equal policies give equal completions. Runs of one folder form a group if config.json says the same of
+d_x less noisy: equal policies give equal completions. Runs of one folder form a group if config.json says the same of
 them but for the seed, torch's version, and where, how long and how often they wrote.
 
 Run: uv run -m nano_rl.compare --policies HuggingFaceTB/SmolLM2-135M-Instruct runs/<time>-rloo/policy

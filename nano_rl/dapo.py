@@ -23,8 +23,9 @@ What is found beyond B is dropped. Where the rounds end before B are found, the 
 its tokens; where there is nothing, no Adam step is taken. completions/num_sampled counts what was sampled for
 completions/num_trained; reward is the mean r of all that was sampled: the trained alone are what the filter chose.
 
-The filter scales L's expected gradient and does not turn it: what it drops has A = 0 anyway, the penalty aside. What
-makes it the gradient of no expected reward is std(R), as in GRPO.
+What the filter drops has A = 0, the penalty aside: of one prompt (B = 1) it scales L's expected gradient, of more it
+turns it a little, as M loses those tokens. It is that of no expected reward: std(R), as in GRPO, turns it, and so does
+1/M, as lengths are sampled.
 
 B prompts a step with G completions of each make N = B·G over all processes, n of them in one process or micro-batch;
 P prompt tokens, T completion tokens, V words of vocabulary. π is at --temperature everywhere.
@@ -129,12 +130,12 @@ def compute_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (logprobs - old_logprobs).exp()  # (3)
 
 
-def compute_loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_coef: tuple, num_tokens: int) -> Tensor:
-    """(4): what n rows, ratio and mask (n, T), advantages (n,), add to the mean over M = `num_tokens`."""
+def compute_loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_coef: tuple, total_tokens: int) -> Tensor:
+    """(4): what n rows, ratio and mask (n, T), advantages (n,), add to the mean over M = `total_tokens`."""
     advantages = advantages[:, None]  # (n, 1)
     clipped = ratio.clamp(1 - clip_coef[0], 1 + clip_coef[1])  # (n, T)
     objective = torch.min(ratio * advantages, clipped * advantages)
-    return -(objective * mask).sum() / num_tokens  # (4), a mean over the tokens of all
+    return -(objective * mask).sum() / total_tokens  # (4), a mean over the tokens of all
 
 
 def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
@@ -201,16 +202,16 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         # 4. update
         del sampler  # which makes room for the gradients
         num_trained = run.gather(torch.tensor(sum(len(part["mask"]) for part in parts))).sum()
-        num_tokens = run.gather(torch.tensor(sum(part["mask"].sum().item() for part in parts))).sum().item()  # M
+        total_tokens = run.gather(torch.tensor(sum(part["mask"].sum().item() for part in parts))).sum().item()  # M
         logged = [torch.zeros(2, 0, device=run.device)]  # of each token in each update, also the first
         grad_norms = []
-        for _ in range(args.num_updates if num_tokens else 0):
+        for _ in range(args.num_updates if total_tokens else 0):
             for part in parts:
                 mask = part["mask"]
                 logprobs = compute_logprobs(policy, part, args.temperature)  # (n, T)
                 old_logprobs = part.setdefault("old_logprobs", logprobs.detach())  # kept from the first update
                 ratio = compute_ratio(logprobs, old_logprobs)  # (n, T)
-                loss = compute_loss(ratio, part["advantages"], mask, args.clip_coef, num_tokens)
+                loss = compute_loss(ratio, part["advantages"], mask, args.clip_coef, total_tokens)
                 loss.backward()
                 sign = part["advantages"].sign()[:, None]  # (n, 1)
                 is_clipped = (ratio - 1) * sign > torch.where(sign < 0, args.clip_coef[0], args.clip_coef[1])  # (n, T)
@@ -222,7 +223,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         ratios, clips = torch.cat(logged, dim=1)
         rewards, lengths, cuts = torch.cat(sampled, dim=1)
         groups = rewards.view(-1, args.group_size)  # (rounds n / G, G)
-        surprisals = [-part["old_logprobs"][part["mask"].bool()] for part in parts if num_tokens]
+        surprisals = [-part["old_logprobs"][part["mask"].bool()] for part in parts if total_tokens]
         metrics = {  # the mean of each over all processes is logged
             "reward": rewards,
             "reward_std": run.gather(rewards).std(correction=0),
@@ -231,10 +232,10 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
             "completions/clipped_ratio": cuts,
             "completions/num_sampled": run.gather(torch.tensor(len(rewards))).sum(),
             "completions/num_trained": num_trained,
-            "entropy_estimate": torch.cat([torch.zeros(0, device=run.device), *surprisals]) if num_tokens else None,
-            "grad_norm": torch.tensor(grad_norms) if num_tokens else None,
-            "ratio": ratios if num_tokens else None,
-            "clip_ratio/region_mean": clips if num_tokens else None,
+            "entropy_estimate": torch.cat([torch.zeros(0, device=run.device), *surprisals]) if total_tokens else None,
+            "grad_norm": torch.tensor(grad_norms) if total_tokens else None,
+            "ratio": ratios if total_tokens else None,
+            "clip_ratio/region_mean": clips if total_tokens else None,
         }
         if step == args.num_steps or args.eval_every and step % args.eval_every == 0:
             eval_metrics, eval_samples = evaluation()  # of the updated policy
@@ -497,7 +498,7 @@ def evaluate(run, policy, ref_policy, tokenizer, prompts: list[dict], reward_fn:
     args, group_size = run.args, max(1, 32 // len(prompts))  # up to 32 completions or, of more prompts, one each
     examples = [example for example in run.share(prompts) for _ in range(group_size)]
     samples, table = [], [[torch.zeros(0)] * 4]
-    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
+    set_seed((args.seed + run.rank) % 2**32)  # the same seed at every evaluation
     sampler = make_sampler(policy, tokenizer, args)
     for part in [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]:
         batch, completions = sample(sampler, tokenizer, part, args.temperature)

@@ -19,8 +19,8 @@ MiniLLM divides by the length that is left, against that. Both are at rest where
 
 The teacher reads the policy's own ids, in the policy's template. Logged are kl, to the teacher, eval/kl, to the start,
 and rewards, to see what the teacher teaches; they are not trained on. N completions a step over all processes, n of
-them in one process or micro-batch; P prompt tokens, T completion tokens, V words of vocabulary, the same in both
-models. π_θ and π_T are at --temperature everywhere.
+them in one process or micro-batch; P prompt tokens, T completion tokens (π_T's T is a name), V words of vocabulary, the
+same in both models. π_θ and π_T are at --temperature everywhere.
 
     for each step:
         1. sample      a completion of each of N prompts from π_θ
@@ -448,7 +448,7 @@ def evaluate(run, policy, ref_policy, tokenizer, prompts: list[dict], reward_fn:
     args, group_size = run.args, max(1, 32 // len(prompts))  # up to 32 completions or, of more prompts, one each
     examples = [example for example in run.share(prompts) for _ in range(group_size)]
     samples, table = [], [[torch.zeros(0)] * 4]
-    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
+    set_seed((args.seed + run.rank) % 2**32)  # the same seed at every evaluation
     sampler = make_sampler(policy, tokenizer, args)
     for part in [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]:
         batch, completions = sample(sampler, tokenizer, part, args.temperature)

@@ -121,12 +121,12 @@ def compute_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
 
 def compute_loss(
-    ratio: Tensor, kl: Tensor, advantages: Tensor, mask: Tensor, clip_coef: float, kl_coef: float, num_tokens: int
+    ratio: Tensor, kl: Tensor, advantages: Tensor, mask: Tensor, clip_coef: float, kl_coef: float, divisor: int
 ) -> Tensor:
-    """(4): what n rows, ratio, kl and mask (n, T), advantages (n,), add to L, with N T_max = `num_tokens`."""
+    """(4): what n rows, ratio, kl and mask (n, T), advantages (n,), add to L, with N T_max = `divisor`."""
     advantages = advantages[:, None]  # (n, 1)
     objective = torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages) - kl_coef * kl
-    return -(objective * mask).sum() / num_tokens  # (4), a sum over tokens, divided by a constant
+    return -(objective * mask).sum() / divisor  # (4), a sum over tokens, divided by a constant
 
 
 def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
@@ -146,7 +146,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
     """Trains, on the rewards of `reward_fn` where one is given, and returns the folder of the run."""
     run = Run(args, reward_fn)
     args = run.args  # complete; with --resume, those of that run
-    num_tokens = run.num_processes * args.batch_size * args.max_new_tokens  # N T_max
+    divisor = run.num_processes * args.batch_size * args.max_new_tokens  # N T_max
     if args.group_size < 2 or args.batch_size % args.group_size:
         raise InputError(f"--group-size {args.group_size}: must be 2 or more and divide --batch-size {args.batch_size}")
     reward_fn = reward_fn or load_reward_fn(args, run.device)
@@ -188,7 +188,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
                 old_logprobs = part.setdefault("old_logprobs", logprobs.detach())  # kept from the first update
                 ratio = compute_ratio(logprobs, old_logprobs)  # (n, T)
                 kl = compute_kl(logprobs, part.get("ref_logprobs", logprobs.detach()))  # (n, T), 0 where β is 0
-                loss = compute_loss(ratio, kl, part["advantages"], mask, args.clip_coef, args.kl_coef, num_tokens)
+                loss = compute_loss(ratio, kl, part["advantages"], mask, args.clip_coef, args.kl_coef, divisor)
                 loss.backward()
                 is_clipped = (ratio - 1) * part["advantages"].sign()[:, None] > args.clip_coef  # (n, T)
                 logged.append(torch.stack([ratio, is_clipped, kl]).detach()[:, mask.bool()])  # (3, tokens)
@@ -471,7 +471,7 @@ def evaluate(run, policy, ref_policy, tokenizer, prompts: list[dict], reward_fn:
     args, group_size = run.args, max(1, 32 // len(prompts))  # up to 32 completions or, of more prompts, one each
     examples = [example for example in run.share(prompts) for _ in range(group_size)]
     samples, table = [], [[torch.zeros(0)] * 4]
-    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
+    set_seed((args.seed + run.rank) % 2**32)  # the same seed at every evaluation
     sampler = make_sampler(policy, tokenizer, args)
     for part in [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]:
         batch, completions = sample(sampler, tokenizer, part, args.temperature)

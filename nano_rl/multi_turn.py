@@ -7,10 +7,10 @@ episodes of several actions. An action a is what the policy π_θ writes in its 
     A_i,k = R_i,k - 1/(G-1) Σ_{j≠i} R_j,k                    advantage over the others from the same start    (2)
     L     = -1/N Σ_i Σ_k A_i,k log π_θ(a_i,k | h_i,k)        loss; A is a constant in it                      (3)
 
-r_i,k is the reward of turn k, less β times an estimate of the KL to the start's policy; h_i,k is all that was said
-before a_i,k, and log π_θ(a) a sum over its tokens. An action cannot change the rewards before it, so it counts those
-from its turn on. The others' returns, 0 for a turn that they do not have, know nothing of episode i: with γ = 1 the
-expected gradient is that of the expected return. With γ < 1 each turn counts the future less, but all turns alike.
+r_i,k is the reward of turn k, less β times an estimate of the KL to π_ref, which is π_θ before training; h_i,k is all
+that was said before a_i,k, and log π_θ(a) a sum over its tokens. An action cannot change the rewards before it, so it
+counts those from its turn on. The others' returns, 0 for a turn that they do not have, know nothing of episode i: with
+γ = 1 the expected gradient is that of the expected return. With γ < 1 a turn counts the future less, but turns alike.
 
 Trained are the tokens that the policy sampled, those very ids: they are never read back from text. What the environment
 says is read, and not trained. An action ends at a stop token, with the token in which the environment's `stop`, a
@@ -217,7 +217,7 @@ class HigherOrLower:
     """A number of seven is to be guessed in three turns; halving them each time always does."""
 
     def starts(self) -> list[dict]:
-        """All beginnings; the last quarter has numbers of its own, the seven from 1 to 12 on in a random order."""
+        """All beginnings, in ranges of seven that start at 1 to 12; the last quarter has ranges of its own."""
         lows = random.Random(0).sample(range(1, 13), 12)
         return [{"low": low, "secret": low + i} for low in lows for i in range(7)]
 
@@ -554,7 +554,7 @@ def evaluate(run, policy, ref_policy, tokenizer, prompts: list[dict], reward_fn:
     args, group_size = run.args, max(1, 32 // len(prompts))  # up to 32 completions or, of more prompts, one each
     examples = [example for example in run.share(prompts) for _ in range(group_size)]
     samples, table = [], [[torch.zeros(0)] * 4]
-    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
+    set_seed((args.seed + run.rank) % 2**32)  # the same seed at every evaluation
     sampler = make_sampler(policy, tokenizer, args)
     for part in [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]:
         batch, completions = sample(sampler, tokenizer, part, args.temperature)

@@ -6,7 +6,7 @@ Schulman et al. 2017 (arXiv 1707.06347), for language models Ziegler et al. 2019
     r_t = -β [log π_old(y_t) - log π_ref(y_t)], plus the completion's reward at its last token           (1)
     δ_t = r_t + γ V_old(t+1) - V_old(t)     V(t) is read before token t, and is 0 after the last         (2)
     A_t = Σ_l (γλ)^l δ_{t+l}                generalised advantage estimation, 1506.02438                 (3)
-    G_t = A_t + V_old(t)                    the return: what V(t) should have been                       (4)
+    G_t = A_t + V_old(t)                    the return, not GRPO's G: what V(t) should have been         (4)
     ρ_t = π_θ(y_t) / π_old(y_t)             π_old and V_old: before the first update of the step         (5)
     L   = -1/N Σ_i Σ_t min(ρ_t A_t, clip(ρ_t, 1-ε, 1+ε) A_t)                                             (6)
     L_V = 1/N Σ_i Σ_t 1/2 max((V(t) - G_t)², (clip(V(t), V_old(t) - ε_V, V_old(t) + ε_V) - G_t)²)        (7)
@@ -32,7 +32,7 @@ Differs from the papers:
     2. A completion cut off at --max-new-tokens is scored and trained like any other: V is 0 after it.
     3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
     4. (6) and (7) sum over a completion's tokens; the papers average over all tokens of a batch.
-    5. V has weights of its own, so (7) needs no coefficient. No entropy bonus, and A is whitened on demand alone.
+    5. V has its own weights: no coefficient in (7). No entropy bonus; β fixed; A whitened on demand; minibatches kept.
 
 Run: uv run -m nano_rl.ppo
 """
@@ -555,7 +555,7 @@ def evaluate(run, policy, ref_policy, tokenizer, prompts: list[dict], reward_fn:
     args, group_size = run.args, max(1, 32 // len(prompts))  # up to 32 completions or, of more prompts, one each
     examples = [example for example in run.share(prompts) for _ in range(group_size)]
     samples, table = [], [[torch.zeros(0)] * 4]
-    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
+    set_seed((args.seed + run.rank) % 2**32)  # the same seed at every evaluation
     sampler = make_sampler(policy, tokenizer, args)
     for part in [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]:
         batch, completions = sample(sampler, tokenizer, part, args.temperature)

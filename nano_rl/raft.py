@@ -126,9 +126,9 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
     """Trains, on the rewards of `reward_fn` where one is given, and returns the folder of the run."""
     run = Run(args, reward_fn)
     args = run.args  # complete; with --resume, those of that run
-    num_prompts = run.num_processes * args.batch_size // args.group_size  # B
     if args.group_size < 2 or args.batch_size % args.group_size:
         raise InputError(f"--group-size {args.group_size}: must be 2 or more and divide --batch-size {args.batch_size}")
+    num_prompts = run.num_processes * args.batch_size // args.group_size  # B
     reward_fn = reward_fn or load_reward_fn(args, run.device)
     policy, ref_policy, tokenizer = load_policy(args, run.device)
     prompts, eval_prompts = load_prompts(args, tokenizer, policy)
@@ -179,7 +179,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
             "completions/clipped_ratio": ~batch["terminated"],
             "kl": kl[batch["mask"].bool()] if args.kl_coef else None,
             "grad_norm": torch.tensor(grad_norms),
-            "best_reward": kl_rewards.view(-1, args.group_size).max(dim=1).values,
+            "best_reward": rewards.view(-1, args.group_size).max(dim=1).values,
         }
         samples = [("train", examples, completions, rewards.tolist())]
         if step == args.num_steps or args.eval_every and step % args.eval_every == 0:
@@ -443,7 +443,7 @@ def evaluate(run, policy, ref_policy, tokenizer, prompts: list[dict], reward_fn:
     args, group_size = run.args, max(1, 32 // len(prompts))  # up to 32 completions or, of more prompts, one each
     examples = [example for example in run.share(prompts) for _ in range(group_size)]
     samples, table = [], [[torch.zeros(0)] * 4]
-    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
+    set_seed((args.seed + run.rank) % 2**32)  # the same seed at every evaluation
     sampler = make_sampler(policy, tokenizer, args)
     for part in [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]:
         batch, completions = sample(sampler, tokenizer, part, args.temperature)

@@ -12,7 +12,7 @@ own gradient adds nothing on average: E[∇ log π_θ(y)] = 0. So neither does b
 
     --baseline none   b = 0                        unbiased, but noisy: rewards above 0 push all of them up
     --baseline mean   b = 1/N Σ_j R_j              holds R_i itself: in expectation (1 - 1/N) of the true gradient
-    --baseline ema    b ← α b + (1 - α) mean(R)    the value before this batch: unbiased
+    --baseline ema    b ← α b + (1 - α) mean(R)    the value before this batch: unbiased; α is --ema-beta
     --baseline scst   b_i = r(greedy(x_i))         of the greedy answer (Rennie et al. 2017, 1612.00563): unbiased
 
 N completions a step over all processes, n of them in one process or micro-batch; P prompt tokens, T completion tokens,
@@ -171,7 +171,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         advantages = compute_advantages(
             run.gather(kl_rewards), args.baseline, run.state["ema"], run.gather(greedy_rewards), args.whiten_advantages
         )  # (N,)
-        advantages = run.share(advantages) / (1 + deviations)  # (n,), 5 of the differences
+        advantages = run.share(advantages) / (1 + args.uncertainty_penalty * deviations)  # (n,), 5 of the differences
         batch["advantages"] = advantages.float().to(run.device)
         run.state["ema"] = args.ema_beta * run.state["ema"] + (1 - args.ema_beta) * run.gather(kl_rewards).mean().item()
 
@@ -460,7 +460,7 @@ def evaluate(run, policy, ref_policy, tokenizer, prompts: list[dict], reward_fn:
     args, group_size = run.args, max(1, 32 // len(prompts))  # up to 32 completions or, of more prompts, one each
     examples = [example for example in run.share(prompts) for _ in range(group_size)]
     samples, table = [], [[torch.zeros(0)] * 4]
-    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
+    set_seed((args.seed + run.rank) % 2**32)  # the same seed at every evaluation
     sampler = make_sampler(policy, tokenizer, args)
     for part in [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]:
         batch, completions = sample(sampler, tokenizer, part, args.temperature)

@@ -459,7 +459,7 @@ def evaluate(run, policy, ref_policy, tokenizer, prompts: list[dict], reward_fn:
     args, group_size = run.args, max(1, 32 // len(prompts))  # up to 32 completions or, of more prompts, one each
     examples = [example for example in run.share(prompts) for _ in range(group_size)]
     samples, table = [], [[torch.zeros(0)] * 4]
-    set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
+    set_seed((args.seed + run.rank) % 2**32)  # the same seed at every evaluation
     sampler = make_sampler(policy, tokenizer, args)
     for part in [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]:
         batch, completions = sample(sampler, tokenizer, part, args.temperature)

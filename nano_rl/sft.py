@@ -76,9 +76,9 @@ class Args:  # a flag's comment is its --help
 
 
 # ---- The algorithm --------------------------------------------------------------------------------------------------
-def compute_loss(logprobs: Tensor, mask: Tensor, num_tokens: int) -> Tensor:
-    """(1): what n rows, logprobs and mask (n, T), add to the mean over M = `num_tokens`."""
-    return -(logprobs * mask).sum() / num_tokens  # (1)
+def compute_loss(logprobs: Tensor, mask: Tensor, total_tokens: int) -> Tensor:
+    """(1): what n rows, logprobs and mask (n, T), add to the mean over M = `total_tokens`."""
+    return -(logprobs * mask).sum() / total_tokens  # (1)
 
 
 def compute_logprobs(policy: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
@@ -118,13 +118,13 @@ def train(args: Args) -> Path:
     for step in run.steps():
         # 1. draw
         batch = make_batch(run.draw(rows, args.batch_size), run.device)
-        num_tokens = run.gather(batch["mask"].sum()).sum().item()  # M
+        total_tokens = run.gather(batch["mask"].sum()).sum().item()  # M
 
         # 2. update
         surprisals = []  # -log π_θ of every token
         for part in micro_batches(batch, args.micro_batch_tokens):
             logprobs = compute_logprobs(policy, part, temperature=1.0)  # (n, T)
-            loss = compute_loss(logprobs, part["mask"], num_tokens)
+            loss = compute_loss(logprobs, part["mask"], total_tokens)
             loss.backward()
             surprisals.append(-logprobs.detach()[part["mask"].bool()])
         grad_norm = run.sum_and_clip_gradients(parameters, args.max_grad_norm)

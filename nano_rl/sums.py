@@ -3,7 +3,7 @@
     uv run -m nano_rl.sums
 
 writes the questions "What is 7 plus 12?", of all pairs of 1 to 15, as JSON lines with their "answer": 97 to train on in
-runs/sums/train.jsonl, 128 others in runs/sums/test.jsonl. It prints the commands that learn from them and ask them.
+runs/sums/train.jsonl, 128 others in runs/sums/test.jsonl. It prints such commands as these, for maxrl.
 
     correct(y) = 1 if the last number in the completion y is the answer, else 0
 

@@ -21,6 +21,7 @@ def test_a_job_of_every_file(model, algorithm):
     result = benchmark.run_job(job)
     assert set(result) == {"step", "sampling", "scoring", "training", "memory"}
     assert result["step"] == pytest.approx(result["sampling"] + result["scoring"] + result["training"])
+    assert min(result.values()) > 0
     assert result["memory"] > 0.1
 
 
@@ -42,8 +43,12 @@ def test_the_table_of_peaks(monkeypatch, capsys):
     assert rows == ["| rloo.py | 4.0 | 2.0 |", "| grpo.py | 4.0 | 2.0 |"]
 
 
-def test_the_profile(model, capsys):
+def test_the_profile(model, capsys, monkeypatch):
+    found, seconds_by_kind = {}, profile.seconds_by_kind
+    monkeypatch.setattr(profile, "seconds_by_kind", lambda events: found.update(seconds_by_kind(events)) or found)
     profile.main(profile.Args(model=model, completions=8, length=4))
+    assert found["sampling"]["drawing"] > 0 == found["training"]["drawing"]
+    assert all(kinds["matrix products"] > 0 for kinds in found.values())
     lines = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
     rows = {line[1]: line[2:-1] for line in lines if len(line) > 3}
     for column in (0, 2):  # sampling, training

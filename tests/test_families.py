@@ -136,8 +136,7 @@ def test_logprobs_are_those_of_stepwise_logits_under_left_padding(tmp_path, monk
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_steps_of_grpo(tmp_path, monkeypatch, family, bfloat16):
-    """With a sampler in bfloat16, too, and a policy that loads again. The kind of report 20: weights are cast, and not
-    all that they meet; here matrices alone are, as autocast does."""
+    """With a sampler in bfloat16, of which only matrices are cast, as autocast does, and a policy that loads again."""
     monkeypatch.setattr(grpo, "has_bfloat16", lambda device: bfloat16)
     args = TINY | {"num_steps": 2, "kl_coef": 0.1, "learning_rate": 1e-4, "max_grad_norm": 1e-3}
     args |= {"model": save(tmp_path / "model", family), "output_dir": str(tmp_path / "run")}

@@ -1,4 +1,4 @@
-"""Inputs from public bug reports, a test for each report, which tries what else is of its kind."""
+"""Inputs from public bug reports, a test for each by its number, which tries what else is of its kind."""
 
 import asyncio
 import itertools

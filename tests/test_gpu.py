@@ -43,9 +43,8 @@ def test_the_page_where_no_weights_are_at_hand(options):
 
 
 def test_it_stops_in_time_and_says_what_is_missing(options, monkeypatch):
-    monkeypatch.setattr(gpu, "STEPS", STEPS[:1])
+    monkeypatch.setattr(gpu, "show_steps", lambda *_: None)  # whatever time it takes
     monkeypatch.setattr(gpu, "seconds_of_sampling", lambda *_: time.sleep(600))
-    gpu.main(gpu.Args(model="no/such", minutes=0.1, **options))
+    gpu.main(gpu.Args(model="no/such", minutes=0.01, **options))
     page = (options["output_dir"] / "gpu.md").read_text()
-    assert "Stopped after 0.1 minutes, before the end of: eager, compiled, static cache." in page
-    assert rows_of(options["output_dir"]) == STEP_ROWS[:1]
+    assert "Stopped after 0.01 minutes, before the end of: eager, compiled, static cache." in page

@@ -14,7 +14,6 @@ from tiny import main
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "nano_rl").glob("[a-z]*.py"))
-LADDER = [ROOT / "nano_rl" / f"{name}.py" for name in ("reinforce", "rloo", "remax", "raft", "grpo", "ppo")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -87,7 +86,7 @@ def test_neighbours_differ_by_the_idea_alone(names, most, tmp_path):
 
 @pytest.mark.parametrize("name", [*ABOVE, "multi_turn", *same.BEFORE_RL])
 def test_what_a_lesson_leaves_out(name):
-    """One class of machinery, nothing passed on unseen, no state on functions, no exit out of a library call."""
+    """One class of machinery, which computes nothing of the algorithm, and no exit out of a library call."""
     tree = ast.parse((ROOT / "nano_rl" / f"{name}.py").read_text())
     classes = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     environments = ["HigherOrLower", "Lines"] if name == "multi_turn" else []

@@ -235,7 +235,7 @@ def test_a_reward_function_that_raises(model, tmp_path, file):
 
 
 def test_rewards_of_any_kind_of_number(model, tmp_path):
-    """torch's and numpy's, in any order of the mapping's columns; a generator is listed once."""
+    """torch's and numpy's; a generator is listed once."""
     for cast in (torch.tensor, np.float32, int):
         rewards, deviations = score(reinforce, lambda cast=cast, **_: map(cast, (1, 2)), ["x", "y"])
         assert rewards.tolist() == [1, 2] and deviations.tolist() == [0, 0] and rewards.dtype == torch.float64

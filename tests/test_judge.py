@@ -78,6 +78,7 @@ def test_the_answer_is_read_where_the_template_has_it(tmp_path, monkeypatch, rea
     turn = "{% if add_generation_prompt %}"
     tokenizer.chat_template = tokenizer.chat_template.replace(turn + "<assistant>", turn + ending)
     monkeypatch.setenv("JUDGE_MODEL", save_judge(tmp_path, tokenizer))
+    monkeypatch.setenv("JUDGE_QUESTIONS", "")  # whatever .env says
     judge.yes(["a"], ["b"])
     assert [tokenizer.decode(ids).rpartition("No. ")[2] for ids in read] == [asked] * 2
 

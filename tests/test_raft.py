@@ -95,6 +95,7 @@ def test_a_step_without_a_best_moves_as_a_gradient_of_zero_does(model, tmp_path)
     assert not same(weights(one), weights(two))
 
 
-def test_group_sizes_that_cannot_be(model, tmp_path):
-    with pytest.raises(raft.InputError, match="--group-size 1: must be 2 or more"):
-        run(model, tmp_path / "run", group_size=1)
+@pytest.mark.parametrize("group_size", [0, 1])
+def test_group_sizes_that_cannot_be(model, tmp_path, group_size):
+    with pytest.raises(raft.InputError, match=f"--group-size {group_size}: must be 2 or more"):
+        run(model, tmp_path / "run", group_size=group_size)

@@ -189,14 +189,15 @@ def main(args: Args) -> None:
         page.say(f"No weights of {args.model} are at hand: all are random, and nothing learns.")
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
-    for title, show in list(sections.items()):
-        try:
+    try:
+        for title, show in list(sections.items()):
             with redirect_stdout(sys.stderr):  # what the files show of their steps
                 show()
             del sections[title]
-        except TimeIsUp:
-            page.say(f"\nStopped after {args.minutes:g} minutes, before the end of: {', '.join(sections)}.")
-            return
+    except TimeIsUp:
+        page.say(f"\nStopped after {args.minutes:g} minutes, before the end of: {', '.join(sections)}.")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":
