@@ -643,7 +643,7 @@ def test_16_a_reward_function_may_change_what_it_gets(model, tmp_path):
     assert len(seen) >= 4 and all(len(row["prompt"]) == 1 for row in read(folder, "completions.jsonl"))
 
 
-def test_17_code_that_a_model_brings_is_not_run_and_not_asked_about(model, tmp_path, monkeypatch):
+def test_17_code_that_a_model_brings_is_not_run_and_not_asked_about(tmp_path, monkeypatch):
     """The kind: a library's advice names a flag that we do not have; the message names where to write True."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
     name = save_policy(tmp_path / "custom")
@@ -660,7 +660,7 @@ def test_17_code_that_a_model_brings_is_not_run_and_not_asked_about(model, tmp_p
     "ends, stop",
     [("<im_end>\n", True), (" <im_end>", True), ("<im_end>\n<im_start>", True), ("\n", False), (" the end", False)],
 )
-def test_18_the_templates_own_end_of_turn_stops(tmp_path, ends, stop):
+def test_18_the_templates_own_end_of_turn_stops(ends, stop):
     """The kind: an end that is neither the model's EOS nor the tokenizer's; where it is one token."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<im_end>", "<im_start>"]})

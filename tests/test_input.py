@@ -234,7 +234,7 @@ def test_a_reward_function_that_raises(model, tmp_path, file):
         assert same(weights(folder), weights(whole))
 
 
-def test_rewards_of_any_kind_of_number(model, tmp_path):
+def test_rewards_of_any_kind_of_number():
     """torch's and numpy's; a generator is listed once."""
     for cast in (torch.tensor, np.float32, int):
         rewards, deviations = score(reinforce, lambda cast=cast, **_: map(cast, (1, 2)), ["x", "y"])

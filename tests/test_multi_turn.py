@@ -200,7 +200,7 @@ def test_each_turn_pays_for_its_own_kl(model, prompts, tmp_path, monkeypatch):
     assert kl.abs().sum() > 1e-3 and inputs[1:] == (4, 0.5) and [len(e["rewards"]) for e in episodes] == [8] * 4
 
 
-def test_no_sampler_is_kept(model, prompts, tmp_path):
+def test_no_sampler_is_kept(tmp_path):
     policy, tokenizer, args = load(tmp_path, make_byte_tokenizer(), max_new_tokens=4)
     sampler = multi_turn.make_sampler(policy, tokenizer, args)
     multi_turn.play(sampler, tokenizer, args, PROMPTS[:2], Echo)

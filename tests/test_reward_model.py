@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_run import read, same
 from tiny import CHAT_TEMPLATE, WORDS, gpt2_config, llama_config, make_policy, make_tokenizer, save_policy, start
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -47,17 +48,8 @@ def build_row(row: dict, tokenizer=None, **args) -> dict:
     return rm.build_row(make_policy(llama_config(27)), tokenizer, rm.Args(**args), row)
 
 
-def read(run: Path, name: str = "metrics.jsonl") -> list[dict]:
-    rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "step_time"} for row in rows]
-
-
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return AutoModelForSequenceClassification.from_pretrained(run / "reward_model").state_dict()
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def random_logits(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -318,7 +310,7 @@ def test_use_is_training_with_labels(kind, tmp_path, monkeypatch, request):
 
 
 @pytest.mark.parametrize("config", [llama_config, gpt2_config], ids=["llama", "gpt2"])
-def test_a_score_does_not_depend_on_padding(config, tmp_path, monkeypatch):
+def test_a_score_does_not_depend_on_padding(config, monkeypatch):
     """Pitfall 40: not on its side, its width or the pad token; and the model's own forward reads the same token."""
     monkeypatch.setattr(rm, "has_bfloat16", lambda device: False)
     texts = [[7, 8, 9, EOS], [10, 11, 12, 13, 14, EOS], [7, EOS], [9]]

@@ -735,7 +735,7 @@ def test_a_copied_file_trains_stops_at_ctrl_c_and_resumes(model, tmp_path, file,
     assert (folder / "policy").exists() and torch.load(folder / "checkpoint.pt")["step"] == 3
 
 
-def test_a_second_signal_stops_at_once(monkeypatch, capfd):
+def test_a_second_signal_stops_at_once(capfd):
     """But not within a second, as torchrun and the terminal may send the same one twice."""
     run = reinforce.Run.__new__(reinforce.Run)
     run.stop_time = None

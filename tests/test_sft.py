@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_run import read, same, weights
 from tiny import CHAT_TEMPLATE, WORDS, gpt2_config, llama_config, make_policy, make_tokenizer, save_policy, start
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
@@ -34,19 +35,6 @@ def write(path: Path, rows: list[dict]) -> str:
 def run(model: str, folder: Path, rows: list[dict] = ROWS, **args) -> Path:
     file = write(folder.with_name(folder.name + ".jsonl"), rows)
     return sft.train(sft.Args(model=model, output_dir=str(folder), data=file, **(TINY | args)))
-
-
-def read(run: Path, name: str = "metrics.jsonl") -> list[dict]:
-    rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "step_time"} for row in rows]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(run / "policy").state_dict()
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def build(row: dict, tokenizer=None, stop_ids=(EOS,), room: int = 60) -> dict:
