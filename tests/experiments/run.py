@@ -38,7 +38,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -283,8 +283,11 @@ def train_trl(args: Args, jobs: dict[str, str]) -> list[str]:
 
 
 def trl(args: Args) -> None:
-    """TRL's two trainers, given the same budget."""
-    stories(args, train_trl(args, {"trl-rloo": "rloo", "trl-grpo": "grpo"}))
+    """TRL's two trainers, given the same budget, and their gains beside the ladder's, from the logs that are kept."""
+    theirs = train_trl(args, {"trl-rloo": "rloo", "trl-grpo": "grpo"})
+    stories(args, theirs)
+    ours = replace(args, output_dir=Path(__file__).parent / "logs")
+    differences({name: gains(ours, name) for name in LADDER} | {name: gains(args, name) for name in theirs}, "gain")
 
 
 def preferences(args: Args) -> None:
