@@ -154,6 +154,17 @@ def test_what_reaches_the_algorithm(model, tmp_path, monkeypatch):
         assert (greedy_rewards == 0).all()
 
 
+def test_a_deviation_counts_with_its_flag_alone(model, tmp_path):
+    def reward_fn(completions, **_):
+        return [(float(len(text)), float(i)) for i, text in enumerate(completions)]
+
+    options = {"num_steps": 1, "eval_every": 0}
+    numbers = run(model, tmp_path / "1", lambda **how: [reward for reward, _ in reward_fn(**how)], **options)
+    pairs = run(model, tmp_path / "2", reward_fn, **options)
+    assert same(weights(numbers), weights(pairs))
+    assert not same(weights(pairs), weights(run(model, tmp_path / "3", reward_fn, uncertainty_penalty=True, **options)))
+
+
 def test_an_evaluation_measures_the_kl_to_the_start(model, tmp_path, monkeypatch):
     """Of a token, on the completions that it sampled: log π - log π_ref, each by a plain pass over the whole batch."""
     batches, sample = [], reinforce.sample

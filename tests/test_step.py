@@ -185,3 +185,5 @@ def test_a_step_is_that_of_the_docstring(model, tmp_path, monkeypatch, name):
     for metric in metrics.keys() - absent:
         assert row[metric] == pytest.approx(metrics[metric], rel=1e-4), metric
     assert 0 < row["completions/clipped_ratio"] < 1 and len(set(step.lengths)) > 2, "both kinds, of several lengths"
+    if file is raft:
+        assert row["best_reward"] == pytest.approx(mean(max(step.r[i : i + G]) for i in range(0, N, G)))
