@@ -10,7 +10,7 @@ episodes of several actions. An action a is what the policy π_θ writes in its 
 r_i,k is the reward of turn k, less β times an estimate of the KL to π_ref, which is π_θ before training; h_i,k is all
 that was said before a_i,k, and log π_θ(a) a sum over its tokens. An action cannot change the rewards before it, so it
 counts those from its turn on. The others' returns, 0 for a turn that they do not have, know nothing of episode i: with
-γ = 1 the expected gradient is that of the expected return. With γ < 1 a turn counts the future less, but turns alike.
+γ = 1 the expected gradient is that of the expected return. With γ < 1 each turn counts its future less, all alike.
 
 Trained are the tokens that the policy sampled, those very ids: they are never read back from text. What the environment
 says is read, and not trained. An action ends at a stop token, with the token in which the environment's `stop`, a

@@ -43,8 +43,9 @@ def test_the_page_where_no_weights_are_at_hand(options):
 
 
 def test_it_stops_in_time_and_says_what_is_missing(options, monkeypatch):
-    monkeypatch.setattr(gpu, "show_steps", lambda *_: None)  # whatever time it takes
+    monkeypatch.setattr(gpu, "show_steps", lambda args, page, load: page.say("the steps"))  # in no time
     monkeypatch.setattr(gpu, "seconds_of_sampling", lambda *_: time.sleep(600))
     gpu.main(gpu.Args(model="no/such", minutes=0.01, **options))
     page = (options["output_dir"] / "gpu.md").read_text()
+    assert "the steps" in page, "what was done is kept"
     assert "Stopped after 0.01 minutes, before the end of: eager, compiled, static cache." in page
