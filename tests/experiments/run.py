@@ -1,7 +1,7 @@
 """The README's experiments: trains what they compare, and prints their tables.
 
     uv run -m tests.experiments.run ladder                       # the six algorithms on lexical richness
-    uv run -m tests.experiments.run first                        # REINFORCE with a KL penalty
+    uv run -m tests.experiments.run first                        # REINFORCE with a KL penalty, or at half the rate
     uv run -m tests.experiments.run sweep --seeds 6 --flags="--num-steps 10"    # four learning rates, on their own seed
     uv run --with trl==1.16.0 --with datasets -m tests.experiments.run trl    # TRL's RLOO and GRPO on the same task
     uv run -m tests.experiments.run preferences --data FOLDER    # reward models, and REINFORCE on their scores
@@ -260,8 +260,9 @@ def examples(args: Args, name: str) -> None:
 
 
 def first(args: Args) -> None:
-    """README's first command with a KL penalty: what it costs in reward, and whether it keeps the topic."""
+    """README's first command with a KL penalty, and at half the rate: the reward that it costs, and the topic."""
     jobs = {f"kl-{beta}": f"reinforce --kl-coef {beta}" for beta in (0.0, 0.01)}
+    jobs |= {"rate-2e-5": "reinforce --learning-rate 2e-5"}
     train_seeds(args, jobs)
     stories(args, list(jobs))
     examples(args, "kl-0.01")
