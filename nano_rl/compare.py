@@ -81,11 +81,10 @@ def describe(completions: list[str]) -> dict[str, list[float]]:
     """The f of (1) that look at the text alone, of each completion."""
     texts = [WORD.findall(completion.casefold()) for completion in completions]
     pairs = [list(zip(text, text[1:])) for text in texts]
-    distinct = [len(set(pair)) / max(1, len(pair)) for pair in pairs]
     return {
         "type-token ratio": lexical_richness(0.0, completions),
         "words": list(map(len, texts)),
-        "distinct-2": distinct,
+        "distinct-2": [len(set(pair)) / max(1, len(pair)) for pair in pairs],
     }
 
 
@@ -148,18 +147,18 @@ def markdown(columns: list[list[str]]) -> str:
 
 
 # ---- Policies -------------------------------------------------------------------------------------------------------
-def complete(args: Args, name: str, device: torch.device, reward_fn) -> tuple:
+def complete(args: Args, name: str, device: torch.device, loop: asyncio.Runner, reward_fn) -> tuple:
     """The policy, its tokenizer, its prompts, each one S times (N = n S), and their completions and rewards."""
     shared = {field.name for field in fields(reinforce.Args)} & {field.name for field in fields(Args)}
     settings = reinforce.Args(model=name, **{flag: getattr(args, flag) for flag in shared})
-    policy, _, tokenizer = reinforce.load_policy(settings, device)
+    policy, tokenizer = reinforce.load_policy(settings, device)[::2]  # a copy of it, π_ref, is freed
     sampler = reinforce.make_sampler(policy, tokenizer, settings)
     read = reinforce.read_prompts if args.all_prompts else lambda _, *inputs: reinforce.load_prompts(*inputs)[1]
     examples = [e for e in read(args.prompts, settings, tokenizer, policy) for _ in range(args.num_samples)]
     size = max(1, args.batch_size // args.num_samples) * args.num_samples  # of whole prompts
-    run, completions, rewards = SimpleNamespace(state={"step": 0}, args=settings, loop=asyncio.Runner()), [], []
+    run, completions, rewards = SimpleNamespace(state={"step": 0}, args=settings, loop=loop), [], []
     for start in range(0, len(examples), size):
-        set_seed(args.seed + start)  # the same draws for every policy, however long the last batch was
+        set_seed((args.seed + start) % 2**32)  # the same draws for every policy, however long the last batch was
         part = examples[start : start + size]
         batch, texts = reinforce.sample(sampler, tokenizer, part, args.temperature)
         completions += texts
@@ -178,10 +177,11 @@ def compare_policies(args: Args) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     device = Accelerator(cpu=torch.backends.mps.is_available()).device  # a Mac's GPU has no float64
     reward_fn = reinforce.load_reward_fn(args, device)
+    loop = asyncio.Runner()  # of all calls of an async reward function, as in a run
     policies = dict(zip(string.ascii_uppercase, args.policies))
     statistics, answers, judge = {}, {}, None
     for letter, name in policies.items():
-        policy, tokenizer, examples, completions, rewards = complete(args, name, device, reward_fn)
+        policy, tokenizer, examples, completions, rewards = complete(args, name, device, loop, reward_fn)
         judge = judge or partial(compute_perplexity, policy, tokenizer, examples, args)
         del policy  # before the next one is loaded; the first stays, as judge
         answers[letter] = [{"completion": text, "reward": reward} for text, reward in zip(completions, rewards)]
@@ -282,8 +282,8 @@ def draw(path: Path, curves: dict[str, dict[int, tuple]], runs: dict[str, list[d
 
 
 def compare_runs(args: Args) -> None:
-    if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
-        raise InputError(f"--plot {args.plot}: must end in .svg or .png")
+    if args.plot and not (Path(args.plot).suffix in (".svg", ".png") and Path(args.plot).parent.is_dir()):
+        raise InputError(f"--plot {args.plot}: must end in .svg or .png, in a folder that exists")
     groups = group_runs([Path(folder) for folder in args.runs], args.metric, args.x)
     if not groups:
         raise InputError(f"--runs: give folders of runs whose metrics.jsonl has {args.metric}, or another --metric")

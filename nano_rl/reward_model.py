@@ -77,7 +77,7 @@ class Args:  # a flag's comment is its --help
     center_coef: float = 0.01  # of --head scalar: weight of the square of a pair's summed scores (η)
     # Training
     batch_size: int = 16  # pairs, or labelled texts, a step, in each process (n)
-    num_steps: int = 0  # updates; 0: as many as one pass over the training rows takes
+    num_steps: int = 0  # updates; 0: one pass over the training rows or, with --resume, as many as that run was to have
     learning_rate: float = 4e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     micro_batch_tokens: int = 512  # most tokens in one pass, padding included: sets memory, not the gradient
@@ -170,7 +170,7 @@ def train(args: Args) -> Path:
     run.args = args = replace(args, num_steps=args.num_steps or math.ceil(len(rows) / num_rows))  # or one pass
     labels = {row["target"] for row in rows + held_out} if args.labels else {0, 1}
     if labels != {*range(max(2, len(labels)))}:
-        raise InputError(f"{args.labels}: needs labels 0 and 1, or 0, 1, 2 and so on without a gap")
+        raise InputError(f"{' and '.join(filter(None, files))}: need labels 0, 1 and so on without a gap, not {labels}")
     num_outputs = args.num_scores if args.head == "probabilistic" else (len(labels) if len(labels) > 2 else 1)  # K
     model = make_reward_model(policy, num_outputs, tokenizer.pad_token_id, args.seed)
     parameters = list(model.parameters())

@@ -62,7 +62,7 @@ class Args:  # a flag's comment is its --help
     max_length: int = 1024  # most tokens of a prompt and its completion, which loses its end
     # Training
     batch_size: int = 16  # completions a step, in each process (n)
-    num_steps: int = 0  # updates; 0: as many as one pass over the training rows takes
+    num_steps: int = 0  # updates; 0: one pass over the training rows or, with --resume, as many as that run was to have
     learning_rate: float = 4e-5  # step size of Adam, constant
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     micro_batch_tokens: int = 512  # most tokens in one pass, padding included: sets memory, not the gradient
@@ -240,15 +240,15 @@ def build_row(policy: nn.Module, tokenizer, stop_ids: list[int], args: Args, row
             raise ValueError("the chat template changes the prompt once it is answered; try --no-chat-template")
         rest, ends = whole.removeprefix(text), not whole.endswith(rest.strip())  # whether the template ends a turn
     x = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # to which some tokenizers add an end
-    x = x[:-1] if text and not chat and x[-1:] in ([tokenizer.eos_token_id], [tokenizer.sep_token_id]) else x
-    first = tokenizer.eos_token or "" if text else ""  # behind it no tokenizer adds a space
+    x = x[:-1] if len(x) > 1 and not chat and x[-1:] in ([tokenizer.eos_token_id], [tokenizer.sep_token_id]) else x
+    first = tokenizer.eos_token or "" if text else ""  # behind it only old SentencePiece tokenizers add a space
     y = tokenizer(first + rest, add_special_tokens=False)["input_ids"][len(first) > 0 :]
     x, y = (x, y) if x else (y[:1], y[1:])  # plain text, to which no BOS is added
     if chat and ends and {*y[-1:]} & (tokenizer.added_tokens_decoder.keys() - {tokenizer.unk_token_id}):
         stop_ids = [*stop_ids, y[-1]]  # the template's own end of a turn
     stops = [t for t, token in enumerate(y, start=1) if token in stop_ids and (t == len(y) or not plain)]
-    y = y[: stops[0]] if stops else y + stop_ids[:1]
     room, rows = min(args.max_length, tokenizer.model_max_length), len(policy.get_input_embeddings().weight)
+    y = y[: stops[0]] if stops else y + [i for i in stop_ids if i < rows][:1]  # a config may name one beyond the rows
     if not 0 < len(x) < room or not y or max(x + y) >= rows:
         raise ValueError(f"{len(x)} + {len(y)} tokens; --max-length or the context leaves {room}, ids end at {rows}")
     example = {"ids": [x, y[: room - len(x)]], "cut": len(x + y) > room, "stop": y[-1]}

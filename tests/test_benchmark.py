@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPT2Config, Qwen2Config
 
 from tests.experiments import benchmark, profile
 
@@ -35,12 +36,32 @@ def test_bounds():
     assert found["sampling"] == pytest.approx(4 * (weights + 3 * 12 * cache_a_token) * 2 / 1e3)
 
 
+@pytest.mark.parametrize(
+    "config, cache_a_token",
+    [
+        (Qwen2Config(hidden_size=16, num_attention_heads=4, num_key_value_heads=1, num_hidden_layers=3), 2 * 3 * 4),
+        (GPT2Config(n_embd=16, n_head=4, n_layer=3), 2 * 3 * 16),
+    ],
+    ids=["qwen2", "gpt2"],
+)
+def test_bounds_of_models_whose_configs_say_less(config, cache_a_token):
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.config = config
+    found = benchmark.bounds(model, {"completions": 3, "length": 4}, 10, (1e6, 1e3), torch.bfloat16)
+    assert found["sampling"] == pytest.approx(4 * (1 + 3 * 12 * cache_a_token) * 2 / 1e3)
+
+
 def test_the_table_of_peaks(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "run_process", lambda job: {"memory": 4.0 if job["lora_rank"] == 0 else 2.04})
-    benchmark.show_memory({}, ("rloo", "grpo"), (0, 16))
+    jobs = [{"algorithm": name, "completions": n, "length": 4} for name, n in (("rloo", 8), ("rloo", 16), ("grpo", 8))]
+    benchmark.show_memory(jobs, (0, 16))
     title, rule, *rows = capsys.readouterr().out.splitlines()
-    assert title.count("|") == rule.count("|") == 4
-    assert rows == ["| rloo.py | 4.0 | 2.0 |", "| grpo.py | 4.0 | 2.0 |"]
+    assert title.count("|") == rule.count("|") == 5
+    assert rows == [
+        "| rloo.py | 8 × 4 | 4.0 | 2.0 |",
+        "| rloo.py | 16 × 4 | 4.0 | 2.0 |",
+        "| grpo.py | 8 × 4 | 4.0 | 2.0 |",
+    ]
 
 
 def test_the_profile(model, capsys, monkeypatch):

@@ -254,18 +254,46 @@ def test_all_prompts_in_batches_of_whole_prompts(model, tmp_path, monkeypatch):
 
 
 def test_the_first_policy_and_one_more_in_memory(model, other, tmp_path, monkeypatch):
-    models, alive, load = [], [], reinforce.load
+    """As a new one is loaded, and as it samples; of the models, by twos a policy and its π_ref, which nothing uses."""
+    models, alive, load_policy, make_sampler = [], [], reinforce.load_policy, reinforce.make_sampler
 
-    def spy(*inputs):
+    def look() -> None:
         gc.collect()
         alive.append([number for number, model in enumerate(models) if model()])
-        loaded = load(*inputs)
-        models.append(weakref.ref(loaded[0]))
+
+    def load(*inputs):
+        look()
+        loaded = load_policy(*inputs)
+        models.extend(map(weakref.ref, loaded[:2]))
         return loaded
 
-    monkeypatch.setattr(reinforce, "load", spy)
+    def make(*inputs):
+        look()
+        return make_sampler(*inputs)
+
+    monkeypatch.setattr(reinforce, "load_policy", load)
+    monkeypatch.setattr(reinforce, "make_sampler", make)
     policies(tmp_path / "run", model, other, model, num_samples=1)
-    assert alive == [[], [0], [0]]
+    assert alive == [[], [0], [0], [0, 2], [0], [0, 4]]
+
+
+def test_all_policies_have_one_event_loop(model, other, tmp_path, monkeypatch):
+    """As in a run: a client that is made once is of the loop of its first call."""
+    (tmp_path / "compare_clients.py").write_text(
+        "import asyncio\nloops = []\n"
+        "async def reward(completions, **_):\n"
+        "    loops.append(asyncio.get_running_loop())\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    policies(tmp_path / "run", model, other, num_samples=1, reward_fn="compare_clients:reward")
+    loops = sys.modules["compare_clients"].loops
+    assert len(loops) > 1 and len(set(map(id, loops))) == 1
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1])
+def test_any_seed(model, tmp_path, seed):
+    policies(tmp_path / "run", model, num_samples=1, seed=seed)
 
 
 def test_greedy(model, tmp_path):
@@ -309,6 +337,7 @@ def test_what_is_printed():
         ({"policies": ("a", "b"), "temperature": math.inf}, "--temperature inf: must be above 0"),
         ({"runs": ("c",), "plot": "c.pdf"}, "--plot c.pdf: must end in .svg or .png"),
         ({"runs": ("c",), "plot": "svg"}, "--plot svg: must end in .svg or .png"),
+        ({"runs": ("c",), "plot": "no/c.svg"}, "--plot no/c.svg: must end in .svg or .png, in a folder that exists"),
     ],
 )
 def test_flags_that_do_not_fit(args, message, tmp_path, monkeypatch):

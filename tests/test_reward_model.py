@@ -745,10 +745,15 @@ def test_too_few_rows(model, tmp_path):
         assert message.startswith(f"{tmp_path / name}: needs 2 different prompts to hold out, and one more to train on")
     for label in 0, 1, 2:
         message = refused(model=model, labels=write(tmp_path / "3", [row | {"label": label} for row in LABELS]))
-        assert message == f"{tmp_path / '3'}: needs labels 0 and 1, or 0, 1, 2 and so on without a gap"
+        assert message == f"{tmp_path / '3'}: need labels 0, 1 and so on without a gap, not {{{label}}}"
     for labels in ((1, 2), (0, 2), (0, 1, 3)):
         rows = [{"text": f"the {word}", "label": labels[i % len(labels)]} for i, word in enumerate(WORDS)]
         assert "without a gap" in refused(model=model, labels=write(tmp_path / "4", rows))
+    good = write(tmp_path / "5", [{"text": f"the {word}", "label": i % 2} for i, word in enumerate(WORDS)])
+    message = refused(model=model, labels=good, eval_labels=write(tmp_path / "6", rows))
+    assert (
+        message == f"{tmp_path / '5'} and {tmp_path / '6'}: need labels 0, 1 and so on without a gap, not {{0, 1, 3}}"
+    )
 
 
 @pytest.mark.parametrize(

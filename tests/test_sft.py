@@ -246,6 +246,17 @@ def test_an_end_that_the_tokenizer_adds_is_not_in_the_prompt():
     assert tokenizer("the sea")["input_ids"][-1] == EOS
     example = build({"prompt": "the sea", "completion": "sings"}, tokenizer)
     assert example["ids"] == [tokenizer("the sea")["input_ids"][:-1], tokenizer("sings")["input_ids"]]
+    around = TemplateProcessing(single="<unk> $A <eos>", special_tokens=[("<unk>", 2), ("<eos>", EOS)])  # as BERT's do
+    tokenizer.backend_tokenizer.post_processor = around
+    assert build({"text": "the sea"}, tokenizer)["ids"] == [[2], tokenizer("the sea")["input_ids"][1:]]
+
+
+def test_a_stop_that_has_no_row_is_not_learnt():
+    """As GPT-2's config names 50256 for a smaller vocabulary whose tokenizer has no end."""
+    tokenizer = make_tokenizer(chat=False)
+    for stop_ids, end in ([50256], []), ([50256, EOS], [EOS]):
+        example = build({"prompt": "the", "completion": "sea"}, tokenizer, stop_ids)
+        assert example["ids"][1] == tokenizer("sea")["input_ids"] + end
 
 
 def test_plain_text_trains_all_but_its_first_token():

@@ -6,8 +6,8 @@
     uv run --extra lora -m tests.experiments.benchmark --memory --shape 1B --lora-ranks 16 --algorithms grpo
 
 Each run is a process of its own, and the two take turns. Model, prompts, group size, precision, learning rate and KL
-(none) are the same, and every completion has the full length, so that both compute the same number of tokens. TRL's
-other settings are those of tests/experiments/trl_run.py.
+(none) are the same, GRPO makes one update of a batch, as TRL does by default, and every completion has the full length,
+so that both compute the same number of tokens. TRL's other settings are those of tests/experiments/trl_run.py.
 
 --memory shows the peak of each file instead, with all weights trained and with adapters. For a GPU see gpu.py.
 """
@@ -151,7 +151,7 @@ def run_trl(job: dict, clock: Clock, folder: str) -> None:
         job["algorithm"],
         model,
         tokenizer,
-        [{"prompt": f"Write a long story about a {topic}."} for topic in reinforce.TOPICS],
+        [{"prompt": f"Write a long story about a {topic}."} for topic in reinforce.TOPICS[:-8]],  # the rest is held out
         reward,
         Steps(),
         learning_rate=reinforce.Args.learning_rate,
@@ -209,7 +209,10 @@ def bounds(model, job: dict, prompt_tokens: int, limits: tuple[float, float], dt
     weight and token (2 forward, 4 backward)."""
     flops, bandwidth = limits
     weights, config = sum(weight.numel() for weight in model.parameters()), model.config
-    cache_row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # numbers a token
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads  # Qwen2's config has none
+    cached_heads = getattr(config, "num_key_value_heads", heads)  # nor GPT-2's this
+    cache_row = 2 * config.num_hidden_layers * cached_heads * head_dim  # numbers a token
     cached = job["completions"] * (prompt_tokens + job["length"] / 2) * cache_row
     sampling = job["length"] * (weights + cached) * dtype.itemsize / bandwidth
     return {
@@ -238,7 +241,7 @@ def main(args: Args) -> None:
         job = {"framework": "nano_rl", "model": folder, "steps": args.steps + 1}
         sizes = [{"completions": n, "length": length} for n in args.completions for length in args.lengths]
         if args.memory:
-            show_memory(job | sizes[0], args.algorithms, args.lora_ranks)
+            show_memory([job | size | {"algorithm": a} for a in args.algorithms for size in sizes], args.lora_ranks)
             return
         print("| round | algorithm | size | | s/step | sampling | scoring | training | tokens/s | GiB |")
         print("|---|---|---|---|---|---|---|---|---|---|")
@@ -255,13 +258,14 @@ def run_process(job: dict) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def show_memory(job: dict, algorithms: tuple[str, ...], lora_ranks: tuple[int, ...]) -> None:
+def show_memory(jobs: list[dict], lora_ranks: tuple[int, ...]) -> None:
     """The peak of each file, of its process or on the GPU."""
     titles = [f"adapters (--lora-rank {rank}), GiB" if rank else "all weights, GiB" for rank in lora_ranks]
-    print(f"| file | {' | '.join(titles)} |\n|---|{'---|' * len(titles)}")
-    for algorithm in algorithms:
-        peaks = [run_process(job | {"algorithm": algorithm, "lora_rank": rank})["memory"] for rank in lora_ranks]
-        print(f"| {algorithm}.py | {' | '.join(f'{peak:.1f}' for peak in peaks)} |", flush=True)
+    print(f"| file | completions × tokens | {' | '.join(titles)} |\n|---|---|{'---|' * len(titles)}")
+    for job in jobs:
+        peaks = [run_process(job | {"lora_rank": rank})["memory"] for rank in lora_ranks]
+        names = f"{job['algorithm']}.py | {job['completions']} × {job['length']}"
+        print(f"| {names} | {' | '.join(f'{peak:.1f}' for peak in peaks)} |", flush=True)
 
 
 def compare(turn: int, job: dict, model, prompt_tokens: int, limits: tuple[float, float], dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
     uv run --extra lora -m tests.experiments.gpu
     uv run --extra lora -m tests.experiments.gpu --shapes 0.5B --minutes 3
 
-1. Seconds a step and peak memory of the files, and sampling's share.
+1. Seconds a step and peak memory of the files (GRPO with one update of a batch), and sampling's share.
 2. Learning: RLOO and GRPO on the questions of nano_rl/sums.py, if the weights of --model are at hand.
 3. Tokens a second of transformers' three ways of sampling, and how near each is to the least: reading weights and
    cache once a token.
@@ -25,6 +25,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -48,7 +49,7 @@ STEPS = [  # shape, file, completions, tokens, LoRA's rank
 @dataclass
 class Args:
     model: str = reinforce.Args.model  # what learns, and the weights of shape 135M
-    shapes: tuple[str, ...] = ("135M", "0.5B", "1B")
+    shapes: tuple[Literal["135M", "0.5B", "1B"], ...] = ("135M", "0.5B", "1B")
     rows: tuple[int, ...] = (16, 64, 256)  # completions sampled at a time
     compiled_rows: int = 64  # of these one is compiled, too
     length: int = 64  # tokens of each
@@ -167,12 +168,13 @@ def main(args: Args) -> None:
     transformers.logging.disable_progress_bar()
     try:
         real, tokenizer = reinforce.load(transformers.AutoModelForCausalLM, args.model, device)
+        real.cpu()  # the GPU's memory is measured
     except reinforce.InputError:
         real, tokenizer = None, make_tokenizer()
 
     @lru_cache(maxsize=1)  # the shape in use, beside the GPU's memory
     def make(shape: str) -> torch.nn.Module:
-        return real.cpu() if shape == "135M" and real else random_model(SHAPES[shape])
+        return real if shape == "135M" and real else random_model(SHAPES[shape])
 
     def load(shape: str, dtype: torch.dtype = torch.float32) -> tuple:
         return copy.deepcopy(make(shape)).to(device, dtype), tokenizer

@@ -29,12 +29,12 @@ from tests.experiments.benchmark import CPU, Clock, run_nano_rl
 
 KINDS = {  # of operators, by how their names begin behind "aten::"; the first that fits
     "matrix products": ("mm", "addmm", "mkldnn"),
-    "attention": ("_scaled_dot", "bmm", "baddbmm", "_softmax", "_fused_sdp"),
+    "attention, and drawing's softmax": ("_scaled_dot", "bmm", "baddbmm", "_softmax", "_fused_sdp"),
     "copies and casts": ("copy_", "cat", "clone", "index_copy", "_to_copy", "stack"),
     "zeros": ("zero_", "fill_"),
     "sums of gradients": ("add_",),
     "clipping and Adam": ("_fused_adam", "_foreach", "linalg_vector_norm", "mul_"),
-    "softmax over the vocabulary": ("_log_softmax", "nll_loss"),
+    "log-softmax over the vocabulary": ("_log_softmax", "nll_loss"),
     "drawing": ("cumsum", "argmax", "rand", "isin"),
     "elementwise": ("",),
 }
