@@ -445,7 +445,8 @@ def test_9_policies_are_compared_on_what_a_run_holds_out(model, tmp_path):
     args = reinforce.Args(prompts=file, max_new_tokens=4)
     _, held_out = reinforce.load_prompts(args, make_tokenizer(), make_policy(llama_config(27)))
     options = compare.Args(prompts=file, policies=[model, model], max_new_tokens=4, num_samples=1)
-    _, _, examples, _, _ = compare.complete(options, model, CPU, lambda completions, **_: [0.0] * len(completions))
+    reward_fn, loop = (lambda completions, **_: [0.0] * len(completions)), asyncio.Runner()
+    _, _, examples, _, _ = compare.complete(options, model, CPU, loop, reward_fn)
     assert [example["prompt"] for example in examples] == [example["prompt"] for example in held_out]
 
 
