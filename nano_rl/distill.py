@@ -37,7 +37,8 @@ Differs from the papers:
     4. The teacher, in bfloat16 there too, sees sampled tokens; GKD compares the vocabulary, by a divergence of choice.
     5. All samples are the policy's, GKD's λ = 1. MiniLLM mixes in the teacher's, clips, and adds a pre-training loss.
 
-Run: uv run -m nano_rl.distill --teacher runs/sums-grpo/policy
+Run: uv run -m nano_rl.distill --teacher runs/sums-grpo/policy --prompts runs/sums/train.jsonl --max-new-tokens 32
+         --reward-fn nano_rl.sums:correct --learning-rate 2e-5    # after "Learn" in sums.py
 """
 
 import asyncio

@@ -10,7 +10,7 @@ episodes of several actions. An action a is what the policy π_θ writes in its 
 r_i,k is the reward of turn k, less β times an estimate of the KL to π_ref, which is π_θ before training; h_i,k is all
 that was said before a_i,k, and log π_θ(a) a sum over its tokens. An action cannot change the rewards before it, so it
 counts those from its turn on. The others' returns, 0 for a turn that they do not have, know nothing of episode i: with
-γ = 1 the expected gradient is that of the expected return. With γ < 1 each turn counts its future less, all alike.
+γ = 1 the expected gradient is that of the expected return. With γ < 1 no turn is discounted itself, only its future.
 
 Trained are the tokens that the policy sampled, those very ids: they are never read back from text. What the environment
 says is read, and not trained. An action ends at a stop token, with the token in which the environment's `stop`, a
@@ -42,8 +42,8 @@ Its class may have `starts()`, lines for where --prompts is not given; `stop`; a
 on in the policy's turn, as those of a calculator do, and are not a turn of the user's. Each episode has an object of
 its own; before a run begins, each line is tried once.
 
-Run: uv run -m nano_rl.multi_turn
-     uv run -m nano_rl.multi_turn --env Lines --prompts train.jsonl --max-new-tokens 48 --num-turns 12    # GSM8K
+Run: uv run -m nano_rl.multi_turn    # a game; warm up by sft.py first, as in tests/experiments/README.md
+     uv run -m nano_rl.multi_turn --env Lines --prompts train.jsonl --max-new-tokens 48 --num-turns 12    # GSM8K, too
 """
 
 import ast
@@ -167,7 +167,7 @@ def train(args: Args, make_env: Callable[[], object] | None = None) -> Path:
         batch, episodes = play(sampler, tokenizer, args, columns, make_env)
 
         # 2. score
-        rewards = torch.tensor([episode["rewards"] for episode in episodes], dtype=torch.float64)  # (n, K)
+        rewards = torch.tensor([e["rewards"] for e in episodes], dtype=torch.float32).double()  # (n, K), as in `score`
         kl = torch.zeros(batch["mask"].shape, device=run.device)  # (n, T), log π_θ - log π_ref, without gradient
         if args.kl_coef:
             kl = score_logprobs(policy, batch, args) - score_logprobs(ref_policy, batch, args)
@@ -740,8 +740,8 @@ def load_starts(args: Args, tokenizer, make_env: Callable[[], object]) -> tuple[
     """What the episodes' reset() is called with: to train on, and held out."""
     rows = read_starts(args.prompts) if args.prompts else getattr(make_env(), "starts", list)()
     rows = list({json.dumps(row): row for row in rows}.values())
-    if len(rows) < 3:
-        raise InputError("give --prompts with 3 different lines or more, of which 2 are held out")
+    if len(rows) < (1 if args.eval_prompts else 3):
+        raise InputError("give --prompts with 3 different lines or more, of which 2 are held out, or --eval-prompts")
     num_held_out = max(2, min(32, len(rows) // 4))
     starts, eval_starts = rows[:-num_held_out], rows[-num_held_out:]
     if args.eval_prompts:

@@ -178,6 +178,19 @@ def test_one_turn_is_rloo(model, prompts, tmp_path):
     assert any(row["grad_norm"] > 0 for row in read(ours)[1:]) and read(ours)[2]["kl"] != 0
 
 
+def test_equal_rewards_move_nothing(model, prompts, tmp_path):
+    """Three times 0.1 is not 0.3 in float64."""
+    same_for_all = type("Same", (Echo,), {"step": lambda self, action: ("", 0.1, True, False, {})})
+    rows = read(train(model, tmp_path / "run", prompts, same_for_all, batch_size=4, group_size=4))[1:]
+    assert rows and all(row["frac_reward_zero_std"] == 1 and row["grad_norm"] == 0 for row in rows)
+
+
+def test_one_start_beside_those_that_are_held_out(model, prompts, tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps(PROMPTS[0]) + "\n")
+    folder = train(model, tmp_path / "run", str(tmp_path / "one.jsonl"), eval_prompts=prompts, num_steps=1)
+    assert len(read(folder)) == 2
+
+
 def test_each_turn_pays_for_its_own_kl(model, prompts, tmp_path, monkeypatch):
     """And --gamma arrives."""
     calls, names = [], ("play", "score_logprobs", "compute_advantages")
