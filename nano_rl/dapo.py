@@ -41,6 +41,7 @@ Differs from GRPO in the four, and has no KL. Differs from the paper:
     2. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
     3. r may be any number. The paper's is -1 or 1, and a penalty of 1 half of what is between; of 0 and 1 it is all.
     4. M is of the batch, the paper's of a prompt; its rounds have no end, and its updates a 16th of the batch each.
+    5. What is cut off is trained, and penalised; the paper can leave it out.
 
 Run: uv run -m nano_rl.dapo
 """
@@ -92,7 +93,7 @@ class Args:  # a flag's comment is its --help
     num_updates: int = 2  # Adam steps on a batch of samples; with 1 every ratio is 1, and nothing is clipped
     clip_coef: tuple[float, float] = (0.2, 0.28)  # clip range of the ratio, below 1 and above it (ε₁, ε₂)
     overlong_margin: int = 16  # tokens before --max-new-tokens in which a growing penalty is due (C); 0: none
-    num_rounds: int = 4  # rounds of sampling in a step, at most
+    num_rounds: int = 4  # rounds of --batch-size completions in a step, at most
     # Training
     batch_size: int = 16  # completions a step, in each process (n)
     num_steps: int = 0  # steps of sampling and updating; 0: 15 or, with --resume, as many as that run was to have
@@ -170,7 +171,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
 
     for step in run.steps():
         sampler = make_sampler(policy, tokenizer, args)
-        num_prompts = args.batch_size // args.group_size  # B, of this process
+        num_missing = args.batch_size // args.group_size  # of B, of this process
         sampled = []  # of every completion of all rounds: reward, length, whether it was cut off
         parts = []  # of what is trained, the same in every update
         samples = []
@@ -184,8 +185,8 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
             rewards, _ = score(run, reward_fn, examples, batch, completions)  # (n,)
             groups = rewards.view(-1, args.group_size)  # (n / G, G)
             differ = (groups != groups[:, :1]).any(dim=1)  # (n / G,)
-            chosen = differ & (differ.cumsum(dim=0) <= num_prompts)  # (n / G,)
-            num_prompts -= chosen.sum().item()
+            chosen = differ & (differ.cumsum(dim=0) <= num_missing)  # (n / G,)
+            num_missing -= chosen.sum().item()
 
             # 3. advantages
             lengths = batch["mask"].sum(dim=1)  # (n,)
@@ -196,7 +197,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
             parts += micro_batches({name: tensor[rows] for name, tensor in batch.items()}, args.micro_batch_tokens)
             sampled.append(torch.stack([rewards, lengths.cpu(), ~batch["terminated"].cpu()]))  # (3, n)
             samples.append(("train", examples, completions, rewards.tolist()))
-            if not run.gather(torch.tensor([num_prompts])).any():  # in no process one is missing
+            if not run.gather(torch.tensor([num_missing])).any():
                 break
 
         # 4. update
@@ -471,7 +472,7 @@ def score_by_model(model, tokenizer, deviations: bool, /, prompts: list, complet
 
 
 def score(run, reward_fn: Callable, examples: list[dict], batch: dict, completions: list[str]) -> tuple[Tensor, Tensor]:
-    """Rewards (n,) and their deviations σ (n,), 0 where none are given; `reward_fn` is called as TRL calls it."""
+    """Rewards (n,) and, with --uncertainty-penalty, their σ (n,), else 0; `reward_fn` is called as TRL calls it."""
     prompts = [example["prompt"] for example in examples]
     answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
     inputs = {name: [example["columns"][name] for example in examples] for name in examples[0]["columns"]}
@@ -483,10 +484,10 @@ def score(run, reward_fn: Callable, examples: list[dict], batch: dict, completio
         rewards = ThreadPoolExecutor(1).submit(run.loop.run, rewards).result()  # a notebook's thread has its own loop
     rewards = list(rewards) if hasattr(rewards, "__iter__") and getattr(rewards, "ndim", 1) else [rewards]
     try:
-        pairs = [reward if isinstance(reward, tuple) else (reward, 0.0) for reward in rewards]
-        for pair, answer in zip(pairs, answers, strict=True):
-            if None in pair or not torch.tensor(pair, dtype=torch.float32).isfinite().all():
-                raise ValueError(f"{pair[0]} for {answer!r}")
+        pairs = [r if getattr(run.args, "uncertainty_penalty", False) else (r, 0.0) for r in rewards]
+        for (reward, sigma), answer in zip(pairs, answers, strict=True):
+            if None in (reward, sigma) or not torch.tensor([reward, sigma], dtype=torch.float32).isfinite().all():
+                raise ValueError(f"{reward} for {answer!r}")
     except (TypeError, ValueError) as error:
         raise InputError(f"the reward function must return {len(answers)} finite numbers ({error})") from error
     return torch.tensor(pairs, dtype=torch.float32).double().unbind(dim=1)  # in float64 equal ones equal their mean
@@ -546,7 +547,7 @@ class Run:
         files = [Path(v).read_bytes() for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]
         found = [Path(__file__).stem, bool(own), self.num_processes, *(hashlib.sha256(f).hexdigest() for f in files)]
         if self.state.setdefault("found", found) != found or self.args.num_steps < self.state["step"]:
-            raise InputError(f"cannot resume {self.folder}: other file, prompts, reward_fn, processes, or fewer steps")
+            raise InputError(f"--resume: other file, prompts, reward_fn, processes or under {self.state['step']} steps")
 
     def resume(self, args: Args) -> Args:
         """Reads the checkpoint, and returns the arguments of its run."""

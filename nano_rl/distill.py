@@ -34,7 +34,8 @@ Differs from the papers:
     1. The gradient is scaled down to --max-grad-norm before Adam takes its step.
     2. A completion cut off at --max-new-tokens is trained like any other.
     3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
-    4. The teacher, in bfloat16 there too, sees sampled tokens; GKD compares the vocabulary, by a divergence of choice.
+    4. The teacher, in bfloat16 there too, sees sampled tokens; GKD, by a divergence of choice, and MiniLLM, in its
+       "single" part, compare the vocabulary. GKD divides by |y|, MiniLLM's code by the tokens of a batch; (3) does not.
     5. All samples are the policy's, GKD's λ = 1. MiniLLM mixes in the teacher's, clips, and adds a pre-training loss.
 
 Run: uv run -m nano_rl.distill --teacher runs/sums-grpo/policy --prompts runs/sums/train.jsonl --max-new-tokens 32
@@ -422,7 +423,7 @@ def score_by_model(model, tokenizer, deviations: bool, /, prompts: list, complet
 
 
 def score(run, reward_fn: Callable, examples: list[dict], batch: dict, completions: list[str]) -> tuple[Tensor, Tensor]:
-    """Rewards (n,) and their deviations σ (n,), 0 where none are given; `reward_fn` is called as TRL calls it."""
+    """Rewards (n,) and, with --uncertainty-penalty, their σ (n,), else 0; `reward_fn` is called as TRL calls it."""
     prompts = [example["prompt"] for example in examples]
     answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
     inputs = {name: [example["columns"][name] for example in examples] for name in examples[0]["columns"]}
@@ -434,10 +435,10 @@ def score(run, reward_fn: Callable, examples: list[dict], batch: dict, completio
         rewards = ThreadPoolExecutor(1).submit(run.loop.run, rewards).result()  # a notebook's thread has its own loop
     rewards = list(rewards) if hasattr(rewards, "__iter__") and getattr(rewards, "ndim", 1) else [rewards]
     try:
-        pairs = [reward if isinstance(reward, tuple) else (reward, 0.0) for reward in rewards]
-        for pair, answer in zip(pairs, answers, strict=True):
-            if None in pair or not torch.tensor(pair, dtype=torch.float32).isfinite().all():
-                raise ValueError(f"{pair[0]} for {answer!r}")
+        pairs = [r if getattr(run.args, "uncertainty_penalty", False) else (r, 0.0) for r in rewards]
+        for (reward, sigma), answer in zip(pairs, answers, strict=True):
+            if None in (reward, sigma) or not torch.tensor([reward, sigma], dtype=torch.float32).isfinite().all():
+                raise ValueError(f"{reward} for {answer!r}")
     except (TypeError, ValueError) as error:
         raise InputError(f"the reward function must return {len(answers)} finite numbers ({error})") from error
     return torch.tensor(pairs, dtype=torch.float32).double().unbind(dim=1)  # in float64 equal ones equal their mean
@@ -497,7 +498,7 @@ class Run:
         files = [Path(v).read_bytes() for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]
         found = [Path(__file__).stem, bool(own), self.num_processes, *(hashlib.sha256(f).hexdigest() for f in files)]
         if self.state.setdefault("found", found) != found or self.args.num_steps < self.state["step"]:
-            raise InputError(f"cannot resume {self.folder}: other file, prompts, reward_fn, processes, or fewer steps")
+            raise InputError(f"--resume: other file, prompts, reward_fn, processes or under {self.state['step']} steps")
 
     def resume(self, args: Args) -> Args:
         """Reads the checkpoint, and returns the arguments of its run."""

@@ -162,9 +162,9 @@ def train(args: Args, make_env: Callable[[], object] | None = None) -> Path:
     for step in run.steps():
         # 1. play
         drawn = run.draw(starts, args.batch_size // args.group_size)
-        columns = [start for start in drawn for _ in range(args.group_size)]  # n, a start's G side by side
+        examples = [start for start in drawn for _ in range(args.group_size)]  # n, a start's G side by side
         sampler = make_sampler(policy, tokenizer, args)
-        batch, episodes = play(sampler, tokenizer, args, columns, make_env)
+        batch, episodes = play(sampler, tokenizer, args, examples, make_env)
 
         # 2. score
         rewards = torch.tensor([e["rewards"] for e in episodes], dtype=torch.float32).double()  # (n, K), as in `score`
@@ -527,7 +527,7 @@ def score_by_model(model, tokenizer, deviations: bool, /, prompts: list, complet
 
 
 def score(run, reward_fn: Callable, examples: list[dict], batch: dict, completions: list[str]) -> tuple[Tensor, Tensor]:
-    """Rewards (n,) and their deviations σ (n,), 0 where none are given; `reward_fn` is called as TRL calls it."""
+    """Rewards (n,) and, with --uncertainty-penalty, their σ (n,), else 0; `reward_fn` is called as TRL calls it."""
     prompts = [example["prompt"] for example in examples]
     answers = [as_messages(c, "assistant") if isinstance(p, list) else c for p, c in zip(prompts, completions)]
     inputs = {name: [example["columns"][name] for example in examples] for name in examples[0]["columns"]}
@@ -539,10 +539,10 @@ def score(run, reward_fn: Callable, examples: list[dict], batch: dict, completio
         rewards = ThreadPoolExecutor(1).submit(run.loop.run, rewards).result()  # a notebook's thread has its own loop
     rewards = list(rewards) if hasattr(rewards, "__iter__") and getattr(rewards, "ndim", 1) else [rewards]
     try:
-        pairs = [reward if isinstance(reward, tuple) else (reward, 0.0) for reward in rewards]
-        for pair, answer in zip(pairs, answers, strict=True):
-            if None in pair or not torch.tensor(pair, dtype=torch.float32).isfinite().all():
-                raise ValueError(f"{pair[0]} for {answer!r}")
+        pairs = [r if getattr(run.args, "uncertainty_penalty", False) else (r, 0.0) for r in rewards]
+        for (reward, sigma), answer in zip(pairs, answers, strict=True):
+            if None in (reward, sigma) or not torch.tensor([reward, sigma], dtype=torch.float32).isfinite().all():
+                raise ValueError(f"{reward} for {answer!r}")
     except (TypeError, ValueError) as error:
         raise InputError(f"the reward function must return {len(answers)} finite numbers ({error})") from error
     return torch.tensor(pairs, dtype=torch.float32).double().unbind(dim=1)  # in float64 equal ones equal their mean
@@ -602,7 +602,7 @@ class Run:
         files = [Path(v).read_bytes() for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]
         found = [Path(__file__).stem, bool(own), self.num_processes, *(hashlib.sha256(f).hexdigest() for f in files)]
         if self.state.setdefault("found", found) != found or self.args.num_steps < self.state["step"]:
-            raise InputError(f"cannot resume {self.folder}: other file, prompts, reward_fn, processes, or fewer steps")
+            raise InputError(f"--resume: other file, prompts, reward_fn, processes or under {self.state['step']} steps")
 
     def resume(self, args: Args) -> Args:
         """Reads the checkpoint, and returns the arguments of its run."""
@@ -897,11 +897,11 @@ def collate(episodes: list[dict], pad_id: int, device: torch.device) -> dict[str
 def evaluate_episodes(run, policy, ref_policy, tokenizer, starts: list[dict], make_env: Callable) -> tuple:
     """Held-out reward and turns and, what the reward does not see, the KL to π_ref."""
     args, group_size = run.args, max(1, 32 // len(starts))  # 32 episodes or, of more starts, one each
-    columns = [start for start in run.share(starts) for _ in range(group_size)]
+    examples = [start for start in run.share(starts) for _ in range(group_size)]
     samples, table = [], [[torch.zeros(0)] * 3]
     set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation
     sampler = make_sampler(policy, tokenizer, args)
-    for part in [columns[i : i + args.batch_size] for i in range(0, len(columns), args.batch_size)]:
+    for part in [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]:
         batch, episodes = play(sampler, tokenizer, args, part, make_env)
         rewards = torch.tensor([sum(episode["rewards"]) for episode in episodes])  # (n,)
         turns = torch.tensor([float(episode["num_turns"]) for episode in episodes])  # (n,)

@@ -111,7 +111,7 @@ def test_2_what_diverges_says_its_step_and_keeps_the_checkpoint(model, tmp_path,
     assert not (tmp_path / "run" / "policy").exists()
 
 
-@pytest.mark.parametrize("value", [1e39, -1e300, math.nan, (1.0, math.nan)])
+@pytest.mark.parametrize("value", [1e39, -1e300, math.nan])
 def test_2_rewards_are_finite_in_the_precision_that_they_are_kept_in(value):
     with pytest.raises(reinforce.InputError, match="must return 2 finite numbers"):
         score(reinforce, lambda **_: [0.0, value], ["x", "y"])
@@ -601,7 +601,7 @@ def test_15_a_resumed_run_finds_the_prompts_and_processes_that_it_began_with(mod
         folder = run(model, tmp_path / flag, num_steps=1, eval_every=0, **{flag: file})
         with open(file, "a") as lines:
             lines.write('{"prompt": "d"}\n')
-        with pytest.raises(reinforce.InputError, match="cannot resume .*: other file, prompts, reward_fn, processes"):
+        with pytest.raises(reinforce.InputError, match="--resume: other file, prompts, reward_fn, processes"):
             reinforce.train(reinforce.Args(resume=str(folder), num_steps=2))
         prompts_file(Path(file), "a", "b", "the sea", "c")
         reinforce.train(reinforce.Args(resume=str(folder), num_steps=2))
@@ -617,11 +617,11 @@ def test_15_a_run_on_a_function_goes_on_with_one(model, tmp_path):
         return [float(len(completion)) for completion in completions]
 
     folder = reinforce.train(reinforce.Args(model=model, output_dir=str(tmp_path / "own"), **TINY), reward_fn)
-    with pytest.raises(reinforce.InputError, match="cannot resume .*reward_fn"):
+    with pytest.raises(reinforce.InputError, match="--resume: .*reward_fn"):
         reinforce.train(reinforce.Args(resume=str(folder), num_steps=4))
     reinforce.train(reinforce.Args(resume=str(folder), num_steps=4), reward_fn)
     folder = run(model, tmp_path / "richness", num_steps=1, eval_every=0)
-    with pytest.raises(reinforce.InputError, match="cannot resume .*reward_fn"):
+    with pytest.raises(reinforce.InputError, match="--resume: .*reward_fn"):
         reinforce.train(reinforce.Args(resume=str(folder), num_steps=2), reward_fn)
 
 

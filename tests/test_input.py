@@ -189,6 +189,7 @@ def test_a_reward_function_by_name(model, tmp_path, monkeypatch):
         (lambda texts: [math.inf] + [1.0] * (len(texts) - 1), "inf for "),
         (lambda texts: [None] + [1.0] * (len(texts) - 1), "None for "),
         (lambda texts: ["high"] * len(texts), "'str'"),
+        (lambda texts: [(1.0, 0.5)] * len(texts), "not a sequence"),  # --uncertainty-penalty's
     ],
 )
 def test_a_reward_function_that_returns_no_numbers_in_the_second_step(model, tmp_path, bad, what):
@@ -239,8 +240,15 @@ def test_rewards_of_any_kind_of_number():
     for cast in (torch.tensor, np.float32, int):
         rewards, deviations = score(reinforce, lambda cast=cast, **_: map(cast, (1, 2)), ["x", "y"])
         assert rewards.tolist() == [1, 2] and deviations.tolist() == [0, 0] and rewards.dtype == torch.float64
-    rewards, deviations = score(reinforce, lambda **_: [(1.5, 0.5), (2.5, 0.25)], ["x", "y"])
+    pairs = [(1.5, 0.5), (2.5, 0.25)]
+    rewards, deviations = score(reinforce, lambda **_: pairs, ["x", "y"], uncertainty_penalty=True)
     assert rewards.tolist() == [1.5, 2.5] and deviations.tolist() == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("reward", [1.0, (1.0,), (1.0, 0.0, 2.0), (1.0, None), (1.0, math.nan)])
+def test_a_penalty_for_uncertainty_needs_pairs(reward):
+    with pytest.raises(reinforce.InputError, match="the reward function must return 2 finite numbers"):
+        score(reinforce, lambda **_: [reward, (1.0, 0.0)], ["x", "y"], uncertainty_penalty=True)
 
 
 def test_columns_may_have_any_name(model, tmp_path):
@@ -284,7 +292,7 @@ def test_resume_of_what_cannot_be_resumed(model, tmp_path):
         ({"resume": str(tmp_path / "without")}, "no run of this file and checkpoint"),
         ({"resume": str(tmp_path / "half")}, "no run of this file and checkpoint"),
         ({"resume": str(tmp_path / "done"), "learning_rate": 1.0}, "only --num-steps may stand beside it"),
-        ({"resume": str(tmp_path / "done"), "num_steps": 1}, "or fewer steps"),
+        ({"resume": str(tmp_path / "done"), "num_steps": 1}, "or under 2 steps"),
     ]:
         with pytest.raises(reinforce.InputError) as error:
             reinforce.train(reinforce.Args(**args))

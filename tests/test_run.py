@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -154,15 +155,19 @@ def test_what_reaches_the_algorithm(model, tmp_path, monkeypatch):
         assert (greedy_rewards == 0).all()
 
 
-def test_a_deviation_counts_with_its_flag_alone(model, tmp_path):
-    def reward_fn(completions, **_):
-        return [(float(len(text)), float(i)) for i, text in enumerate(completions)]
+def test_a_deviation_counts(model, tmp_path):
+    """Of a pair with σ = 0 it is nothing."""
+
+    def reward_fn(scale, completions, **_):
+        return [(float(len(text)), scale * i) for i, text in enumerate(completions)]
 
     options = {"num_steps": 1, "eval_every": 0}
-    numbers = run(model, tmp_path / "1", lambda **how: [reward for reward, _ in reward_fn(**how)], **options)
-    pairs = run(model, tmp_path / "2", reward_fn, **options)
-    assert same(weights(numbers), weights(pairs))
-    assert not same(weights(pairs), weights(run(model, tmp_path / "3", reward_fn, uncertainty_penalty=True, **options)))
+    numbers = run(model, tmp_path / "1", lambda **how: [reward for reward, _ in reward_fn(0.0, **how)], **options)
+    none, some = [
+        run(model, tmp_path / f"{scale}", partial(reward_fn, scale), uncertainty_penalty=True, **options)
+        for scale in (0.0, 1.0)
+    ]
+    assert same(weights(numbers), weights(none)) and not same(weights(numbers), weights(some))
 
 
 def test_an_evaluation_measures_the_kl_to_the_start(model, tmp_path, monkeypatch):
@@ -494,7 +499,7 @@ def test_more_steps(model, straight, tmp_path):
     assert same(weights(folder), weights(straight))
     assert json.loads((folder / "config.json").read_text())["num_steps"] == 6
     for steps in 3, 5:
-        with pytest.raises(reinforce.InputError, match="or fewer steps"):
+        with pytest.raises(reinforce.InputError, match="or under 6 steps"):
             reinforce.train(reinforce.Args(resume=str(folder), num_steps=steps))
     assert len(read(folder)) == 7, "nothing of a longer run is lost"
     shutil.rmtree(folder / "policy")

@@ -122,10 +122,10 @@ def make_examples(*prompts: list[int], **columns: list) -> list[dict]:
     return [{"prompt": "", "prompt_ids": ids, "begun": "", "columns": row} for ids, row in zip(prompts, rows)]
 
 
-def score(file, reward_fn: Callable, texts: list[str], examples: list[dict] | None = None) -> tuple:
+def score(file, reward_fn: Callable, texts: list[str], examples: list[dict] | None = None, **args) -> tuple:
     """`file`'s score of these completions of one token each, in the first step of a run."""
     ones = torch.ones(len(texts), 1, dtype=torch.long)
-    run = SimpleNamespace(state={"step": 0}, args=file.Args(num_steps=3), loop=asyncio.Runner())
+    run = SimpleNamespace(state={"step": 0}, args=file.Args(num_steps=3, **args), loop=asyncio.Runner())
     batch = {"input_ids": ones, "mask": ones}
     return file.score(run, reward_fn, examples or make_examples(*[[1]] * len(texts)), batch, texts)
 
