@@ -1,9 +1,12 @@
 """The benchmark's own parts, on a tiny model: it is run by hand, so that nothing else would notice that it broke."""
 
+import time
+
 import pytest
 import torch
 from transformers import GPT2Config, Qwen2Config
 
+from nano_rl import rloo
 from tests.experiments import benchmark, profile
 
 SHAPE = {
@@ -24,6 +27,27 @@ def test_a_job_of_every_file(model, algorithm):
     assert result["step"] == pytest.approx(result["sampling"] + result["scoring"] + result["training"])
     assert min(result.values()) > 0
     assert result["memory"] > 0.1
+
+
+def test_making_the_sampler_is_sampling(model, monkeypatch):
+    make_sampler = rloo.make_sampler
+    monkeypatch.setattr(rloo, "make_sampler", lambda *inputs: time.sleep(0.5) or make_sampler(*inputs))
+    job = {"framework": "nano_rl", "algorithm": "rloo", "model": model, "completions": 8, "length": 4, "steps": 2}
+    assert benchmark.run_job(job)["sampling"] > 0.5
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_the_rows_of_a_comparison(monkeypatch, capsys, turn):
+    seconds = {"sampling": 1.0, "scoring": 0.001, "training": 2.0, "step": 3.0, "memory": 4.0}
+    theirs = {name: 2 * value for name, value in seconds.items()} | {"sampling": 4.0, "step": 8.0, "memory": 5.0}
+    monkeypatch.setattr(benchmark, "run_process", lambda job: seconds if job["framework"] == "nano_rl" else theirs)
+    job = {"algorithm": "rloo", "completions": 3, "length": 4}
+    benchmark.compare(turn, job, benchmark.random_model(SHAPE), 10, (1e6, 1e6), torch.bfloat16)
+    lines = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
+    rows = {line[4]: line[5:-1] for line in lines}
+    assert rows["nano_rl"] == ["3.00", "1.00", "0.00", "2.00", "4", "4.00"] and rows["trl"][-2:] == ["2", "5.00"]
+    assert rows["ratio"] == ["**0.38**", "0.25", "", "0.50", "2.67", "**0.80**"]
+    assert list(rows) == [*(("nano_rl", "trl") if turn == 0 else ("trl", "nano_rl")), "ratio", "of the limit"]
 
 
 def test_bounds():

@@ -1,6 +1,7 @@
 """compare.py: its statistics against naive loops, whole comparisons of tiny policies, and tables of runs."""
 
 import gc
+import importlib
 import itertools
 import json
 import math
@@ -253,6 +254,12 @@ def test_all_prompts_in_batches_of_whole_prompts(model, tmp_path, monkeypatch):
         assert len(batch) <= 32 and batch == [prompt for prompt in batch[::5] for _ in range(5)]
 
 
+def test_more_samples_than_a_batch(model, tmp_path):
+    """A batch is of whole prompts: here of one, with its four completions."""
+    _, rows = policies(tmp_path / "run", model, num_samples=4, batch_size=2)
+    assert len(rows) == 4 * 8
+
+
 def test_the_first_policy_and_one_more_in_memory(model, other, tmp_path, monkeypatch):
     """As a new one is loaded, and as it samples; of the models, by twos a policy and its π_ref, which nothing uses."""
     models, alive, load_policy, make_sampler = [], [], reinforce.load_policy, reinforce.make_sampler
@@ -466,6 +473,34 @@ def test_a_config_that_cannot_be_read(tmp_path):
     assert refused(runs=(folder,)).startswith(
         f"cannot read {folder}/config.json: no run of this project wrote it (JSON"
     )
+
+
+@pytest.mark.parametrize("x", ["step", "kl"])
+def test_the_picture(tmp_path, monkeypatch, x):
+    """Of two seeds their mean, its error and, over the KL, each point."""
+    axes, drawn, points = importlib.import_module("matplotlib.axes").Axes, [], []
+    errorbar, scatter = axes.errorbar, axes.scatter
+    runs = [
+        write_run(tmp_path / f"{seed}", {0: 0.5, 2: 0.6 + seed / 5}, seed=seed, algorithm="rloo") for seed in (0, 1)
+    ]
+    for seed, folder in enumerate(runs):
+        rows = [
+            {"step": step, "eval/reward": r, "eval/kl": step * (1 + seed)}
+            for step, r in ((0, 0.5), (2, 0.6 + seed / 5))
+        ]
+        (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def spy_errorbar(self, x, means, errors, **look):
+        drawn.append((look["label"], list(x), list(means), list(errors)))
+        return errorbar(self, x, means, errors, **look)
+
+    monkeypatch.setattr(axes, "errorbar", spy_errorbar)
+    monkeypatch.setattr(axes, "scatter", lambda self, *xy, **look: points.append(xy) or scatter(self, *xy, **look))
+    compare.main(compare.Args(runs=tuple(runs), x=x, plot=str(tmp_path / "curves.svg")))
+    means = pytest.approx([0.5, 0.7]), pytest.approx([0, 0.1])
+    assert drawn == [("rloo (2)", [0, 2] if x == "step" else [0, 3], *means)]
+    assert points == ([] if x == "step" else [((0, 2, 0, 4), (0.5, 0.6, 0.5, 0.8))])
+    assert ">rloo (2)<" in (tmp_path / "curves.svg").read_text()
 
 
 def test_a_picture_without_matplotlib(tmp_path, capsys, monkeypatch):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from test_run import LADDER, RESUMABLE, TINY, read, run, same, weights
-from tiny import main, save_reward_model, score
+from tiny import llama_config, main, make_policy, make_tokenizer, save_reward_model, score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import nano_rl.dr_grpo as dr_grpo
 import nano_rl.grpo as grpo
 import nano_rl.ppo as ppo
 import nano_rl.raft as raft
@@ -303,6 +304,19 @@ def test_resume_of_another_algorithms_run(model, tmp_path):
     folder = run(model, tmp_path / "run", num_steps=1, eval_every=0)
     with pytest.raises(rloo.InputError, match="no run of this file and checkpoint"):
         rloo.train(rloo.Args(resume=str(folder)))
+    args = TINY | {"num_steps": 1, "eval_every": 0, "model": model, "output_dir": str(tmp_path / "grpo")}
+    grpo.train(grpo.Args(**args))
+    with pytest.raises(dr_grpo.InputError, match="--resume: other file"):  # their flags have the same names
+        dr_grpo.train(dr_grpo.Args(resume=str(tmp_path / "grpo"), num_steps=2))
+
+
+def test_the_numbers_of_the_help(tmp_path):
+    """15 steps, and 32 held-out prompts at most."""
+    assert reinforce.Run(reinforce.Args(output_dir=str(tmp_path))).args.num_steps == 15
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "the sea {i}"}}\n' for i in range(200)))
+    args = reinforce.Args(prompts=str(tmp_path / "prompts.jsonl"))
+    train, held_out = reinforce.load_prompts(args, make_tokenizer(), make_policy(llama_config(25)))
+    assert (len(train), len(held_out)) == (168, 32)
 
 
 def test_a_full_disk_while_saving(model, tmp_path, monkeypatch):

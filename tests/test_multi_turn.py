@@ -227,7 +227,7 @@ def test_no_sampler_is_kept(tmp_path):
 
 def load(tmp_path, tokenizer, **args):
     model = save_policy(tmp_path / "policy", llama_config(len(tokenizer), max_position_embeddings=512), tokenizer)
-    args = multi_turn.Args(model=model, temperature=1.0, **args)
+    args = multi_turn.Args(**{"model": model, "temperature": 1.0} | args)
     policy, _, tokenizer = multi_turn.load_policy(args, CPU)
     return policy, tokenizer, args
 
@@ -236,10 +236,12 @@ def load(tmp_path, tokenizer, **args):
 def test_the_sampled_ids_are_trained_and_the_environments_are_read(tmp_path, monkeypatch, chat_template):
     """In episodes of one to three turns, in one batch."""
     monkeypatch.setattr(multi_turn, "has_bfloat16", lambda device: False)  # whose rounding is larger
-    policy, tokenizer, args = load(tmp_path, make_byte_tokenizer(), max_new_tokens=4, chat_template=chat_template)
+    options = {"max_new_tokens": 4, "temperature": 0.8, "chat_template": chat_template}
+    policy, tokenizer, args = load(tmp_path, make_byte_tokenizer(), **options)
     calls, sample = [], multi_turn.sample
 
     def spy(sampler, tokenizer, examples, temperature):
+        assert temperature == 0.8
         batch, texts = sample(sampler, tokenizer, examples, temperature)
         sampled = [row[mask.bool()].tolist() for row, mask in zip(ids_of(batch), batch["mask"])]
         calls.append([(list(example["prompt_ids"]), ids) for example, ids in zip(examples, sampled)])

@@ -548,6 +548,12 @@ def test_margins_reach_the_loss(model, tmp_path):
     assert read(run(model, tmp_path / "1", rows))[1]["loss"] > read(run(model, tmp_path / "2"))[1]["loss"] + 0.5
 
 
+def test_centring_reaches_the_loss(model, tmp_path):
+    """In training and held out: η (r_w + r_l)² beside the rest."""
+    centred, free = [read(run(model, tmp_path / f"{eta}", center_coef=eta)) for eta in (10.0, 0.0)]
+    assert centred[0]["eval/loss"] > free[0]["eval/loss"] + 1e-3 and centred[1]["loss"] > free[1]["loss"] + 1e-3
+
+
 @pytest.mark.parametrize("rows, args", [(PAIRS, {}), (PAIRS, {"head": "probabilistic"}), (LABELS, {})])
 def test_micro_batches_do_not_change_a_run(model, tmp_path, monkeypatch, rows, args):
     monkeypatch.setattr(rm, "has_bfloat16", lambda device: False)  # whose rounding depends on the batch

@@ -187,12 +187,13 @@ def test_an_evaluation_measures_the_kl_to_the_start(model, tmp_path, monkeypatch
 
 def test_an_evaluation_comes_in_parts_of_the_batch_size(model, tmp_path, monkeypatch):
     """So that it needs no more memory than a step; a file of held-out prompts is read whole."""
-    sizes, sample = [], reinforce.sample
-    monkeypatch.setattr(reinforce, "sample", lambda *args: sizes.append(len(args[2])) or sample(*args))
+    calls, sample = [], reinforce.sample
+    monkeypatch.setattr(reinforce, "sample", lambda *args: calls.append((len(args[2]), args[3])) or sample(*args))
     path = tmp_path / "held_out.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"the {word}"}) + "\n" for word in "abc"))
-    folder = run(model, tmp_path / "run", num_steps=1, eval_prompts=str(path))
-    assert sizes == [4] * 7 + [2] + [4] + [4] * 7 + [2], "10 completions of each of 3 prompts, a step, and again"
+    folder = run(model, tmp_path / "run", num_steps=1, temperature=0.6, eval_prompts=str(path))
+    sizes = [4] * 7 + [2] + [4] + [4] * 7 + [2]  # 10 completions of each of 3 prompts, a step, and again
+    assert calls == [(size, 0.6) for size in sizes]
     prompts = [row["prompt"] for row in read(folder, "completions.jsonl") if row["split"] == "held_out"]
     assert prompts == [f"the {word}" for word in "abc" for _ in range(10)] * 2
 
@@ -357,9 +358,15 @@ def test_reward_model_and_prompts_file(model, tmp_path):
     assert all(1 <= row["reward"] <= 3 for row in metrics[1:])
 
 
-def test_wandb_runs_have_an_id_of_their_own_and_keep_it(model, tmp_path):
-    """Two folders of one name are two runs; a resumed run is the same one."""
-    ids = []
+def test_wandb_runs_have_an_id_of_their_own_and_keep_it(model, tmp_path, monkeypatch):
+    """Two folders of one name are two runs; a resumed run is the same one. It gets what metrics.jsonl gets."""
+    ids, logged, write_log = [], [], reinforce.Accelerator.log
+
+    def spy(accelerator, values, step):
+        logged.append({"step": step} | {name: value for name, value in values.items() if name != "step_time"})
+        write_log(accelerator, values, step=step)
+
+    monkeypatch.setattr(reinforce.Accelerator, "log", spy)
     for place in "ab":
         folder = run(model, tmp_path / place / "run", track=True, num_steps=1)
         (log,) = folder.glob("wandb/offline-run-*/*.wandb")
@@ -368,6 +375,16 @@ def test_wandb_runs_have_an_id_of_their_own_and_keep_it(model, tmp_path):
     reinforce.train(reinforce.Args(resume=str(folder), num_steps=2))
     logs = folder.glob("wandb/offline-run-*/*.wandb")
     assert {log.stem.removeprefix("run-") for log in logs} == {ids[1]}
+    assert logged == read(tmp_path / "a/run") + read(tmp_path / "b/run") and len(logged) == 5
+
+
+@pytest.mark.parametrize("key, mode", [("", "offline"), ("0123", "online")])
+def test_wandb_is_online_where_there_is_a_key(model, tmp_path, monkeypatch, key, mode):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setattr(reinforce.Accelerator, "init_trackers", lambda *_: None)
+    run(model, tmp_path / "run", num_steps=1, eval_every=0)
+    assert os.environ["WANDB_MODE"] == mode
 
 
 def test_a_library_call_changes_nothing_outside(model, tmp_path):
@@ -490,6 +507,16 @@ def test_checkpoints_come_by_the_clock_and_after_the_last_step(model, tmp_path, 
     run(model, tmp_path / "seldom", num_steps=3)
     run(model, tmp_path / "always", num_steps=3, save_minutes=0)
     assert saved == [3, 1, 2, 3]
+    saved.clear()
+    log = reinforce.Run.log
+
+    def lose_two_minutes(run, step, *rest):
+        log(run, step, *rest)
+        run.save_time -= 121 * (step == 2)
+
+    monkeypatch.setattr(reinforce.Run, "log", lose_two_minutes)
+    run(model, tmp_path / "once", num_steps=5, eval_every=0)
+    assert saved == [2, 5]
 
 
 def test_more_steps(model, straight, tmp_path):
@@ -534,6 +561,27 @@ def fork_group(processes: int, target: Callable, *inputs) -> list[int]:
         process.join(timeout=300)
         process.kill()
     return [process.exitcode for process in forked]
+
+
+def write_seeds(rank: int, folder: Path, args: dict) -> None:
+    seeds, set_seed = [], reinforce.set_seed
+    reinforce.set_seed = lambda seed: seeds.append(seed) or set_seed(seed)
+    reinforce.train(reinforce.Args(output_dir=str(folder), num_steps=2, eval_every=1, **args))
+    (folder / f"seeds-{rank}.json").write_text(json.dumps(seeds))
+
+
+def test_every_step_draws_anew_and_no_process_as_another(model, tmp_path):
+    """An evaluation draws the same as the one before. One held-out prompt leaves a process without any."""
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "the sea"}\n')
+    args = {"model": model, "batch_size": 4, "max_new_tokens": 6, "eval_prompts": str(tmp_path / "held_out.jsonl")}
+    steps = []
+    for seed in (0, 1):
+        assert fork_group(2, write_seeds, tmp_path / str(seed), args | {"seed": seed}) == [0, 0]
+        of_ranks = [json.loads((tmp_path / f"{seed}/seeds-{rank}.json").read_text()) for rank in (0, 1)]
+        evaluations = [of_rank[::2] for of_rank in of_ranks]
+        assert [len(set(of_rank)) for of_rank in evaluations] == [1, 1] and evaluations[0] != evaluations[1]
+        steps += [number for of_rank in of_ranks for number in of_rank[1::2]]
+    assert len(steps) == len(set(steps)) == 8
 
 
 def train_divided(rank: int, file, processes: int, args: dict) -> None:

@@ -454,6 +454,8 @@ def test_ctrl_c_ends_the_run_after_its_step(model, tmp_path, monkeypatch):
         run(model, tmp_path / "run", num_steps=4)
     sft.train(sft.Args(resume=str(tmp_path / "run")))
     assert same(weights(tmp_path / "run"), weights(straight))
+    monkeypatch.setattr(sft.Run, "log", press)
+    weights(run(model, tmp_path / "last", num_steps=2))  # in the last step there is nothing to stop
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------

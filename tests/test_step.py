@@ -135,7 +135,8 @@ STEPS = {  # name: file, its flags, and of token t of completion i what multipli
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_is_that_of_the_docstring(model, tmp_path, monkeypatch, name):
     file, flags, coefficient = STEPS[name]
-    teacher, batches, rewards, gradients = str(Path(model).parent / "teacher"), [], [], []
+    teacher = str(Path(model).parent / "teacher")
+    batches, temperatures, rewards, gradients = [], [], [], []
     sample, load_policy, clip = file.sample, file.load_policy, torch.nn.utils.clip_grad_norm_
 
     def load_with_another_start(args, device):
@@ -147,6 +148,11 @@ def test_a_step_is_that_of_the_docstring(model, tmp_path, monkeypatch, name):
         rewards.append([float(len(text) % 2) for text in completions] if file is maxrl else values)
         return rewards[-1]
 
+    def spy_sample(*inputs, **how):
+        temperatures.append(how.get("temperature", inputs[-1]))
+        batches.append(sample(*inputs, **how))
+        return batches[-1]
+
     def spy_clip(parameters, max_norm):
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
         return clip(parameters, max_norm)
@@ -154,7 +160,7 @@ def test_a_step_is_that_of_the_docstring(model, tmp_path, monkeypatch, name):
     monkeypatch.setattr(file, "has_bfloat16", lambda device: False)
     monkeypatch.setattr(file, "evaluate", lambda *_: ({"eval/reward": torch.tensor(START)}, []))
     monkeypatch.setattr(file, "load_policy", load_with_another_start)
-    monkeypatch.setattr(file, "sample", lambda *args, **how: batches.append(sample(*args, **how)) or batches[-1])
+    monkeypatch.setattr(file, "sample", spy_sample)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy_clip)
     options = {"batch_size": N, "group_size": G, "max_new_tokens": T, "temperature": TEMPERATURE, "kl_coef": BETA}
     options |= {"num_steps": 1, "num_updates": 1, "micro_batch_tokens": 50, "teacher": teacher}
@@ -162,6 +168,7 @@ def test_a_step_is_that_of_the_docstring(model, tmp_path, monkeypatch, name):
     folder = file.train(file.Args(model=model, output_dir=str(tmp_path / "run"), **options), reward_fn)
     policy, ref_policy = (AutoModelForCausalLM.from_pretrained(name) for name in (model, teacher))
     step = Step([policy, ref_policy], batches[0][0], rewards[0], rewards[-1])
+    assert temperatures in ([TEMPERATURE], [TEMPERATURE, 0]), "the second: a greedy baseline"
 
     tokens = [(i, t) for i in range(N) for t in range(step.lengths[i])]
     objective = sum(coefficient(step, i, t) * step.logprobs[i][t] for i, t in tokens)
