@@ -172,10 +172,23 @@ def test_one_turn_is_rloo(model, prompts, tmp_path):
     args = rloo.Args(model=model, prompts=prompts, output_dir=str(tmp_path / "rloo"), **options)
     theirs = rloo.train(args, lambda completions, **_: [reward_of(text) for text in completions])
     assert same(weights(ours), weights(theirs))
-    names = "reward reward_std frac_reward_zero_std completions/mean_length entropy_estimate kl grad_norm".split()
+    names = "reward reward_std frac_reward_zero_std entropy_estimate kl grad_norm eval/reward eval/kl".split()
+    names += ["completions/mean_length", "completions/clipped_ratio"]
     for a, b in zip(read(ours), read(theirs), strict=True):
         assert {name: a.get(name) for name in names} == {name: b.get(name) for name in names}
     assert any(row["grad_norm"] > 0 for row in read(ours)[1:]) and read(ours)[2]["kl"] != 0
+
+
+def test_turns_add_up(model, prompts, tmp_path):
+    """Two, each with a reward of 1, and each cut off but where the one token is a stop."""
+
+    def step(self, action):
+        self.left -= 1
+        return "", 1.0, self.left == 0, False, {}
+
+    always = type("Always", (Echo,), {"step": step})
+    rows = read(train(model, tmp_path / "run", prompts, always, num_steps=1, max_new_tokens=1))
+    assert rows[0]["eval/reward"] == rows[1]["reward"] == 2 and 0.5 < rows[1]["completions/clipped_ratio"] <= 1
 
 
 def test_equal_rewards_move_nothing(model, prompts, tmp_path):
@@ -379,7 +392,8 @@ def test_a_question_is_answered_line_by_line():
     for action in ("First 3\n  ", "<<3-5=-", "2>>\n", "=\n\n"):
         assert env.step(action) == ("", 0.0, False, False, {}), "a token may go on after what it ends at"
     assert env.step("a line that is too lo") == ("", 0.0, True, False, {})
-    for last, reward in (("#### 13\n", 1), ("#### 13.0", 1), ("####", 0), ("13", 0), ("#### 14", 0), ("#### 1,3", 1)):
+    right, wrong = ("#### 13\n", "#### 13.0", "#### 1,3"), ("####", "13", "#### 14", "#### -13")
+    for last, reward in [(last, 1) for last in right] + [(last, 0) for last in wrong]:
         env.reset("?", "13")
         env.step("12 is next to\n")
         assert env.step(last)[1:3] == (reward, True)

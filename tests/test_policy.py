@@ -250,11 +250,12 @@ def test_generation_uses_the_cache():
 
 def test_greedy_samples_are_deterministic_and_as_long():
     """SCST's baseline: the same weights and length limit, no randomness (pitfall 44)."""
-    _, sampler = make_sampler(llama_config(25), max_new_tokens=7)
+    tokenizer = make_tokenizer(eos=None)  # nothing ends before the limit
+    _, sampler = make_sampler(llama_config(25, eos_token_id=None), tokenizer, max_new_tokens=7)
     examples = make_examples([3, 5, 7], [4, 8])
-    greedy = [reinforce.sample(sampler, make_tokenizer(), examples, 0.0)[0] for _ in range(2)]
+    greedy = [reinforce.sample(sampler, tokenizer, examples, 0.0)[0] for _ in range(2)]
     assert torch.equal(greedy[0]["input_ids"], greedy[1]["input_ids"])
-    assert greedy[0]["mask"].shape[1] <= 7
+    assert greedy[0]["mask"].sum(dim=1).tolist() == [7, 7]
     for example, ids, mask in zip(examples, greedy[0]["input_ids"][:, 3:], greedy[0]["mask"]):
         prefix = list(example["prompt_ids"])
         for token in ids[mask.bool()].tolist():

@@ -200,13 +200,13 @@ def test_the_first_update_is_on_policy_and_the_warm_up_leaves_the_policy_alone(m
         ppo, "compute_ratio", lambda *inputs: ratios.append(compute_ratio(*inputs).detach()) or compute_ratio(*inputs)
     )
     monkeypatch.setattr(ppo, "compute_logprobs", lambda *inputs: batches.append(inputs[1]) or compute_logprobs(*inputs))
-    many = {"num_epochs": 2, "num_minibatches": 2, "learning_rate": 0.05, "micro_batch_tokens": 20}
+    many = {"num_epochs": 3, "num_minibatches": 2, "learning_rate": 0.05, "micro_batch_tokens": 20}
     run(model, tmp_path / "run", num_steps=1, value_warmup_steps=0, eval_every=0, **many)
     assert (ratios[0] == 1).all() and (ratios[-1] != 1).any()
     scored = [batch for batch in batches if "rewards" in batch]
-    half = len(scored) // 3  # scored once, then trained in two passes
-    assert half == 4, "one completion in each"
-    assert all(a is b is c for a, b, c in zip(scored[:half], scored[half:], scored[2 * half :]))
+    passes = [scored[first : first + 4] for first in range(0, len(scored), 4)]  # one completion in each part
+    assert len(passes) == 4, "scored once, then trained in three"
+    assert all(a is b is c is d for a, b, c, d in zip(*passes, strict=True))
     warm = run(model, tmp_path / "warm", num_steps=2, value_warmup_steps=2, **many)
     before = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert all(torch.equal(before[name], weight) for name, weight in weights(warm).items())
@@ -219,20 +219,30 @@ def test_it_logs_the_value_models_loss_and_both_gradients(model, tmp_path, monke
     """Means over the updates; the variance of the returns that V_old explained, recomputed from what went in."""
     losses, norms, seen, clip = [], [], [], torch.nn.utils.clip_grad_norm_
     compute_value_loss, compute_advantages = ppo.compute_value_loss, ppo.compute_advantages
+    compute_loss = ppo.compute_loss
 
     def spy(rewards, kl, values, mask, *coefs):
         outputs = compute_advantages(rewards, kl, values, mask, *coefs)
         seen.append([tensor[mask.bool()] for tensor in (values, outputs[1])])
         return outputs
 
+    def spy_value_loss(values, old_values, returns, mask, value_clip, num_completions):
+        assert value_clip == 0.3 and num_completions == 2, "of a minibatch"
+        losses.append(compute_value_loss(values, old_values, returns, mask, value_clip, num_completions))
+        return losses[-1]
+
+    def spy_loss(*inputs):
+        assert inputs[-1] == 2
+        return compute_loss(*inputs)
+
     monkeypatch.setattr(ppo, "compute_advantages", spy)
-    monkeypatch.setattr(
-        ppo, "compute_value_loss", lambda *inputs: losses.append(compute_value_loss(*inputs)) or losses[-1]
-    )
+    monkeypatch.setattr(ppo, "compute_value_loss", spy_value_loss)
+    monkeypatch.setattr(ppo, "compute_loss", spy_loss)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *inputs: norms.append(clip(*inputs)) or norms[-1])
-    args = {"num_minibatches": 2, "num_epochs": 2, "value_warmup_steps": 0, "value_learning_rate": 0.05}
+    args = {"num_minibatches": 2, "num_epochs": 3, "value_warmup_steps": 0, "value_learning_rate": 0.05}
+    args["value_clip"] = 0.3
     row = read(run(model, tmp_path / "run", num_steps=1, value_model=save_reward_model(tmp_path / "rm"), **args))[1]
-    assert row["value_loss"] == pytest.approx(torch.stack(losses).sum().item() / 4, rel=1e-5)
+    assert row["value_loss"] == pytest.approx(torch.stack(losses).sum().item() / 6, rel=1e-5)
     assert row["grad_norm"] == pytest.approx(torch.stack(norms[::2]).mean().item(), rel=1e-5)
     assert row["value_grad_norm"] == pytest.approx(torch.stack(norms[1::2]).mean().item(), rel=1e-5)
     values, returns = (torch.cat(tensors) for tensors in zip(*seen))

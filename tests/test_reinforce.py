@@ -9,24 +9,23 @@ from tiny import save_reward_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import nano_rl.reinforce as reinforce
-import nano_rl.rloo as rloo
 
 
 def test_an_uncertain_score_counts_less(model, tmp_path, monkeypatch):
     """Each advantage is divided by 1 + the deviation of its own score, in the order of the completions."""
     reward_model = save_reward_model(tmp_path / "reward", num_labels=4)
-    seen, compute_loss, score = [], reinforce.compute_loss, reinforce.score
+    seen, micro_batches, score = [], reinforce.micro_batches, reinforce.score
 
-    def keep_advantages(logprobs, advantages, *rest):
-        seen[-1]["trained"] += advantages.tolist()
-        return compute_loss(logprobs, advantages, *rest)
+    def keep_advantages(batch, max_tokens):  # still in the order of the completions
+        seen[-1]["trained"] += batch["advantages"].tolist() if "advantages" in batch else []
+        return micro_batches(batch, max_tokens)
 
     def keep_texts(run, reward_fn, examples, batch, completions):
         texts = [(example["prompt"], completion) for example, completion in zip(examples, completions)]
         seen.append({"texts": texts, "trained": []})
         return score(run, reward_fn, examples, batch, completions)
 
-    monkeypatch.setattr(reinforce, "compute_loss", keep_advantages)
+    monkeypatch.setattr(reinforce, "micro_batches", keep_advantages)
     monkeypatch.setattr(reinforce, "score", keep_texts)
     for penalty in (False, True):
         args = TINY | {"num_steps": 1, "batch_size": 6, "reward_model": reward_model, "uncertainty_penalty": penalty}
@@ -44,9 +43,8 @@ def test_an_uncertain_score_counts_less(model, tmp_path, monkeypatch):
         mean = sum(k * p_k for k, p_k in enumerate(p, start=1))
         factors.append(1 + math.sqrt(sum(p_k * (k - mean) ** 2 for k, p_k in enumerate(p, start=1))))
     assert max(factors) - min(factors) > 0.01
-    # Training goes through the rows by length, in the same order twice.
-    ratios = sorted(a / b for a, b in zip(plain["trained"], penalized["trained"], strict=True))
-    assert ratios == pytest.approx(sorted(factors), rel=1e-4)
+    ratios = [a / b for a, b in zip(plain["trained"], penalized["trained"], strict=True)]
+    assert ratios == pytest.approx(factors, rel=1e-4)
 
 
 @pytest.mark.parametrize("num_labels", [0, 1])
@@ -58,15 +56,10 @@ def test_the_penalty_needs_a_distribution(model, tmp_path, num_labels):
     assert not (tmp_path / "run").exists()
 
 
-def test_one_label_is_the_score_and_several_their_expected_value(tmp_path):
-    """The same rewards as in the files that know no deviation."""
-    for num_labels in (1, 4):
-        folder = save_reward_model(tmp_path / str(num_labels), num_labels=num_labels)
-        args = {"reward_model": folder}
-        ours, theirs = (
-            file.load_reward_fn(file.Args(**args), torch.device("cpu"))(
-                prompts=["the sea"] * 2, completions=["a", "sun"]
-            )
-            for file in (reinforce, rloo)
-        )
-        assert ours == pytest.approx(theirs, abs=1e-6) and ours[0] != ours[1]
+def test_a_reward_is_the_same_beside_its_deviation(tmp_path):
+    args = reinforce.Args(reward_model=save_reward_model(tmp_path / "reward", num_labels=4))
+    rewards, pairs = (
+        reinforce.load_reward_fn(args, torch.device("cpu"), deviations)(prompts=["x", "y"], completions=["a", "sun"])
+        for deviations in (False, True)
+    )
+    assert rewards == [reward for reward, _ in pairs] and rewards[0] != rewards[1]

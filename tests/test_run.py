@@ -638,6 +638,7 @@ def divided(file, folder: Path, processes: int, **args) -> Path:
     "file, options",
     [
         (reinforce, {"baseline": "none", "kl_coef": 0.1}),
+        (reinforce, {"baseline": "scst", "kl_coef": 0.1}),
         (reinforce, {"baseline": "ema", "kl_coef": 0.1, "whiten_advantages": True}),
         (reinforce, {"baseline": "mean", "lora_rank": 2, "learning_rate": 0.02}),
         (rloo, {"kl_coef": 0.1}),

@@ -78,6 +78,11 @@ def gae(s: Step, i: int, t: int, gamma: float, gae_lambda: float) -> float:
     return advantage
 
 
+def gae_whitened(s: Step, i: int, t: int) -> float:
+    every = [gae(s, j, u, 0.95, 0.7) for j in range(N) for u in range(s.lengths[j])]
+    return (gae(s, i, t, 0.95, 0.7) - mean(every)) / (pstdev(every) + 1e-4)
+
+
 def dapos_reward(s: Step, i: int) -> float:
     return s.r[i] - min(1, max(0, (s.lengths[i] - (T - 3)) / 3))
 
@@ -116,6 +121,7 @@ STEPS = {  # name: file, its flags, and of token t of completion i what multipli
     "raft": (raft, {"num_epochs": 1}, lambda s, i, t: is_best(s, i) / s.lengths[i] / (N / G)),
     "grpo": (grpo, {}, lambda s, i, t: (s.grpo(i) - BETA * s.k3_slope(i, t)) / s.lengths[i] / N),
     "ppo": (ppo, GAE, lambda s, i, t: gae(s, i, t, 0.95, 0.7) / N),
+    "ppo whitens": (ppo, GAE | {"whiten_advantages": True}, lambda s, i, t: gae_whitened(s, i, t) / N),
     "ppo warms up": (ppo, GAE | {"value_warmup_steps": 1}, lambda s, i, t: gae(s, i, t, 0.95, 1.0) / N),
     "dr_grpo": (
         dr_grpo,
@@ -175,11 +181,17 @@ def test_a_step_is_that_of_the_docstring(model, tmp_path, monkeypatch, name):
     expected = -torch.cat([g.flatten() for g in torch.autograd.grad(objective, list(policy.parameters()))])
     torch.testing.assert_close(gradients[0], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
+    if file is ppo:  # V's bias, which stands last: V is V_old here, and what it lacks is A, not whitened
+        gae_lambda = 1.0 if name == "ppo warms up" else 0.7
+        slope = -sum(gae(step, i, t, 0.95, gae_lambda) for i, t in tokens) / N
+        assert gradients[1][-1].item() == pytest.approx(slope, rel=1e-4)
+
     k3 = [math.exp(-k1) + k1 - 1 for row in step.k1 for k1 in row]
     is_in_the_loss = file in (grpo, dr_grpo, gspo, cispo)
     metrics = {
         "reward": mean(step.r),
         "reward_std": pstdev(step.r),
+        "frac_reward_zero_std": mean(file is maxrl and len({step.r[j] for j in step.group(i)}) == 1 for i in range(N)),
         "completions/mean_length": mean(step.lengths),
         "completions/clipped_ratio": mean(ids[-1] != STOP for ids in step.ids),
         "entropy_estimate": -torch.cat(step.logprobs).mean().item(),

@@ -1,5 +1,6 @@
 """The variants: what their docstrings state, by enumeration and against their neighbours, and whole runs of each."""
 
+import inspect
 import itertools
 import math
 import os
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import TINY, divided, flags, read, same, weights
+from test_run import TINY, divided, flags, fork_group, read, same, weights
 from tiny import all_completions, as_batch, exact_logprobs, float64, fork, gradient, llama_config, make_policy, start
 
-from nano_rl import cispo, dapo, distill, dr_grpo, grpo, gspo, maxrl, reinforce_pp, rloo, sums
+from nano_rl import cispo, dapo, distill, dr_grpo, grpo, gspo, maxrl, ppo, reinforce_pp, remax, rloo, sums
 
 VARIANTS = [dr_grpo, gspo, cispo, dapo, reinforce_pp, maxrl]
 GROUPED = [dr_grpo, gspo, cispo, dapo]  # GRPO's
@@ -363,7 +364,36 @@ def test_a_copied_file_trains(model, tmp_path, file):
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and (tmp_path / "run/policy").is_dir()
 
 
-@pytest.mark.parametrize("file", [dr_grpo, gspo, cispo, reinforce_pp], ids=lambda file: file.__name__[8:])
+@pytest.mark.parametrize("file", [*VARIANTS, distill, grpo, ppo, remax], ids=lambda file: file.__name__[8:])
+def test_equal_rewards_are_counted(model, tmp_path, file):
+    folder = train(file, model, tmp_path / "run", lambda completions, **_: [1.0] * len(completions), num_steps=1)
+    assert read(folder)[1]["frac_reward_zero_std"] == 1
+
+
+@pytest.mark.parametrize("file", [grpo, dr_grpo, gspo, dapo, reinforce_pp, ppo], ids=lambda file: file.__name__[8:])
+def test_what_is_clipped_has_no_slope(model, tmp_path, monkeypatch, file):
+    """clip_ratio/region_mean counts the tokens whose ratio the loss does not depend on."""
+    flat, compute_loss = [], file.compute_loss
+    names = list(inspect.signature(compute_loss).parameters)
+
+    def spy(*inputs):
+        given = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in zip(names, inputs)}
+        ratio = given["ratio"].clone().requires_grad_()
+        compute_loss(**given | {"ratio": ratio}).backward()
+        flat.append((ratio.grad == 0)[given["mask"].bool()])
+        return compute_loss(*inputs)
+
+    def reward_fn(completions, **_):  # no two are equal, so that every token has an advantage
+        return [len(text) + 0.037 * i for i, text in enumerate(completions)]
+
+    monkeypatch.setattr(file, "compute_loss", spy)
+    args = {"num_steps": 1, "num_updates": 3, "num_epochs": 3, "value_warmup_steps": 0, "learning_rate": 0.05}
+    row = read(train(file, model, tmp_path / "run", reward_fn, **args | {"kl_coef": 0.0, "overlong_margin": 0}))[1]
+    clipped = torch.cat(flat).float().mean().item()
+    assert row["clip_ratio/region_mean"] == pytest.approx(clipped) and 0.05 < clipped < 0.95
+
+
+@pytest.mark.parametrize("file", [dr_grpo, gspo, cispo, dapo, reinforce_pp], ids=lambda file: file.__name__[8:])
 def test_ratios_leave_1_in_the_second_update(model, tmp_path, file):
     """Two updates a batch are the default, and what is clipped is counted (pitfall 32)."""
     first = read(train(file, model, tmp_path / "1", every_other, num_updates=1, num_steps=1, learning_rate=0.05))[1]
@@ -373,6 +403,27 @@ def test_ratios_leave_1_in_the_second_update(model, tmp_path, file):
 
 
 # ---- DAPO's sampling ------------------------------------------------------------------------------------------------
+
+
+def test_its_clips_are_the_papers():
+    assert dapo.Args().clip_coef == (0.2, 0.28)
+
+
+def sample_until_both_have(rank: int, model: str, folder: Path) -> None:
+    calls = []
+
+    def reward_fn(completions, **_):  # the second process finds what it can learn from in its second round
+        calls.append(len(completions))
+        return [float(i) * (rank == 0 or len(calls) > 1) for i in range(len(completions))]
+
+    dapo.evaluate = lambda *_: ({"eval/reward": torch.tensor(0.0)}, [])
+    train(dapo, model, folder, reward_fn, num_steps=1, num_rounds=3)
+
+
+def test_processes_sample_until_each_has_its_share(model, tmp_path):
+    assert fork_group(2, sample_until_both_have, model, tmp_path / "run") == [0, 0]
+    row = read(tmp_path / "run")[1]
+    assert (row["completions/num_sampled"], row["completions/num_trained"]) == (16, 8)
 
 
 def teaches(prompts, completions, **_) -> list[float]:
