@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,6 +174,22 @@ def test_a_job_runs_once_and_a_failure_says_where(tmp_path, capsys):
     with pytest.raises(RuntimeError, match="second failed: .*No module named no_such"):
         run.run(args, {"second": "no_such"})
     assert not (tmp_path / "second.json").exists()
+
+
+def test_what_trl_is_told(monkeypatch):
+    """Our settings, and of GRPO's losses the one that is asked for; TRL itself is not installed for the tests."""
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(Dataset=SimpleNamespace(from_list=list)))
+    names = ("RLOOTrainer", "GRPOTrainer", "RLOOConfig", "GRPOConfig")
+    monkeypatch.setitem(sys.modules, "trl", SimpleNamespace(**dict.fromkeys(names, dict)))
+    losses = {"grpo": None, "dr_grpo": "none", "dapo": None}  # what GRPO's rewards are divided by, if not its default
+    for loss_type, scale_rewards in losses.items():
+        inputs = None, None, [{"prompt": "x", "n": 1}], print, None
+        trainer = trl_run.make_trainer("grpo", *inputs, loss_type=loss_type, seed=3)
+        ours = {"num_generations": 4, "temperature": 0.7, "beta": 0.0, "lr_scheduler_type": "constant", "seed": 3}
+        assert ours.items() <= trainer["args"].items() and trainer["args"]["loss_type"] == loss_type
+        assert trainer["args"].get("scale_rewards") == scale_rewards
+        assert trainer["train_dataset"] == [{"prompt": [{"role": "user", "content": "x"}], "n": 1}]
+    assert not {"loss_type", "scale_rewards"} & trl_run.make_trainer("rloo", *inputs)["args"].keys()
 
 
 def test_trl_is_evaluated_and_written_down_like_our_own_run(model, tmp_path, monkeypatch):
