@@ -19,7 +19,7 @@ package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the
 for turns {"question", "answer"}, GSM8K.
 
 The pictures are by uv run --with matplotlib -m nano_rl.compare --plot FILE.svg --runs, with --x kl over the KL, and
-then tests/experiments/logs/{reinforce,rloo,remax,raft,grpo,ppo}-? or runs/experiments/baselines/*-?.
+then tests/experiments/logs/{reinforce,rloo,remax,raft,grpo,ppo}-? or, there too, {reinforce,baselines-*}-?.
 
 Each run is a process with its share of the cores, --workers at a time, and leaves its policy, 0.5 GB. One that is done
 is not repeated, so that an experiment that was stopped goes on. A ± is a standard error over seeds, that of a held-out
@@ -562,6 +562,8 @@ def baselines(args: Args) -> None:
     """REINFORCE with each baseline."""
     train_seeds(args, {baseline: f"reinforce --baseline {baseline}" for baseline in BASELINES})
     show(["baseline", *LEARNING], [[name, *learning(args, name)] for name in BASELINES])
+    if len(args.seeds) > 1:
+        differences({name: gains(args, name) for name in BASELINES}, "gain")
 
 
 def brevity(args: Args) -> None:
