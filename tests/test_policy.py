@@ -338,10 +338,10 @@ def test_prompts_and_columns(tmp_path):
 
     def reward_fn(prompts, completions, **columns):
         seen.update(prompts=prompts, completions=completions, **columns)
-        return [0, (1.5, 0.25), -2]
+        return [0, 1.5, -2]
 
     rewards, deviations = score(reinforce, reward_fn, ["x", "y", "z"], examples)
-    assert rewards.tolist() == [0, 1.5, -2] and deviations.tolist() == [0, 0.25, 0]
+    assert rewards.tolist() == [0, 1.5, -2] and deviations.tolist() == [0, 0, 0]
     assert rewards.dtype == torch.float64
     assert seen.pop("completion_ids") == [[1], [1], [1]]
     assert seen.pop("trainer_state").max_steps == 3 and seen.pop("log_metric") and seen.pop("log_extra")
