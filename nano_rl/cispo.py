@@ -27,7 +27,7 @@ Differs from GRPO in (4), and from the paper:
     1. The gradient is scaled down to --max-grad-norm before Adam takes its step; 1e-4 is added to std(r).
     2. A completion cut off at --max-new-tokens is scored and trained like any other.
     3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
-    4. M is the batch's, not a prompt's. The paper gives no ε, makes 16 updates, without a KL, and samples as DAPO.
+    4. M is the batch's, not a prompt's. The paper gives no ε, has no KL, makes 16 updates, and samples as DAPO does.
 
 Run: uv run -m nano_rl.cispo
 """

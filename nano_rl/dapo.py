@@ -171,7 +171,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
 
     for step in run.steps():
         sampler = make_sampler(policy, tokenizer, args)
-        num_missing = args.batch_size // args.group_size  # of B, of this process
+        num_missing = args.batch_size // args.group_size  # prompts to find, of B
         sampled = []  # of every completion of all rounds: reward, length, whether it was cut off
         parts = []  # of what is trained, the same in every update
         samples = []

@@ -480,14 +480,10 @@ def test_the_picture(tmp_path, monkeypatch, x):
     """Of two seeds their mean, its error and, over the KL, each point."""
     axes, drawn, points = importlib.import_module("matplotlib.axes").Axes, [], []
     errorbar, scatter = axes.errorbar, axes.scatter
-    runs = [
-        write_run(tmp_path / f"{seed}", {0: 0.5, 2: 0.6 + seed / 5}, seed=seed, algorithm="rloo") for seed in (0, 1)
-    ]
+    runs = [write_run(tmp_path / f"{seed}", {0: 0.5}, seed=seed, algorithm="rloo") for seed in (0, 1)]
     for seed, folder in enumerate(runs):
-        rows = [
-            {"step": step, "eval/reward": r, "eval/kl": step * (1 + seed)}
-            for step, r in ((0, 0.5), (2, 0.6 + seed / 5))
-        ]
+        rows = [{"step": 0, "eval/reward": 0.5, "eval/kl": 0}]
+        rows += [{"step": 2, "eval/reward": 0.6 + seed / 5, "eval/kl": 2 + 2 * seed}]
         (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def spy_errorbar(self, x, means, errors, **look):
