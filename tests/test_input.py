@@ -190,7 +190,7 @@ def test_a_reward_function_by_name(model, tmp_path, monkeypatch):
         (lambda texts: [math.inf] + [1.0] * (len(texts) - 1), "inf for "),
         (lambda texts: [None] + [1.0] * (len(texts) - 1), "None for "),
         (lambda texts: ["high"] * len(texts), "'str'"),
-        (lambda texts: [(1.0, 0.5)] * len(texts), ""),  # --uncertainty-penalty's
+        (lambda texts: [(1.0, 0.5)] * len(texts), "not a sequence"),  # --uncertainty-penalty's
     ],
 )
 def test_a_reward_function_that_returns_no_numbers_in_the_second_step(model, tmp_path, bad, what):
