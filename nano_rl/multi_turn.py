@@ -388,12 +388,13 @@ def sample(sampler: nn.Module, tokenizer, examples: list[dict], temperature: flo
 
 
 def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[str, Tensor]]:
-    """Parts of at most `max_tokens` tokens, or of one row; longest completions first, without columns of padding."""
-    num_parts = math.ceil(len(batch["mask"]) / max(1, max_tokens // batch["input_ids"].shape[1]))  # as equal as can be
+    """Parts of at most `max_tokens` tokens, or of one row; longest completions first, without blocks of padding."""
+    T = batch["mask"].shape[1]  # cut in blocks: with many widths malloc keeps more, reward_model 5.5 GB for 3.6
+    blocks = torch.arange(T - batch["input_ids"].shape[1], T, device=batch["mask"].device) // 64  # (P + T,)
+    num_parts = math.ceil(len(batch["mask"]) / max(1, max_tokens // len(blocks)))  # as equal as can be
     for rows in filter(len, batch["mask"].sum(dim=1).argsort(descending=True, stable=True).chunk(num_parts or 1)):
-        part = {name: tensor[rows] for name, tensor in batch.items()}
-        used = part["attention_mask"].any(dim=0)  # (P + T,); tensors of two dimensions end in the columns of T
-        yield {name: t[:, used[-t.shape[1] :]] if t.dim() == 2 else t for name, t in part.items()}
+        used = torch.isin(blocks, blocks[batch["attention_mask"][rows].any(dim=0)])  # (P + T,), t has all or T
+        yield {name: t[rows][:, used[-t.shape[1] :]] if t.dim() == 2 else t[rows] for name, t in batch.items()}
 
 
 @torch.no_grad()
@@ -580,7 +581,7 @@ class Run:
     """A run's folder, which `start` makes, its logs and checkpoint, and the processes that share its work."""
 
     def __init__(self, args: Args, own=None, num_steps=15, saved="policy", shown="reward completions/mean_length kl"):
-        self.saved, self.shown = saved, shown  # the result's folder, metrics to show; own: train's function
+        self.saved, self.shown, self.stop_time = saved, shown, None  # saved: the folder; own: train's function
         load_dotenv()  # HF_TOKEN, WANDB_API_KEY
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: training a fifth faster, on one CPU slower
         self.accelerator = Accelerator(cpu=torch.backends.mps.is_available())
@@ -637,7 +638,6 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps to do; after each it saves, when it is time to, and stops, when SIGINT or SIGTERM has come."""
-        self.stop_time = None
         with ExitStack() as at_the_end:
             with suppress(ValueError):  # outside the main thread
                 for number in (signal.SIGINT, signal.SIGTERM):

@@ -90,14 +90,33 @@ def test_left_padding_changes_nothing(config):
 
 
 def test_whole_batch_logprobs_do_not_depend_on_micro_batches():
-    policy = make_policy(gpt2_config(8))
-    batch = as_batch([2, 7], all_completions(5, 3, {1}), pad=1, left=3)
+    """Also of parts that are narrower than the batch, on both sides."""
+    policy = make_policy(gpt2_config(8, n_positions=256))
+    batch = as_batch([2, 7], [[3] * 130, *all_completions(5, 3, {1})], pad=1, left=70)
     whole = reinforce.score_logprobs(policy, batch, reinforce.Args(micro_batch_tokens=10**6))
-    parts = reinforce.score_logprobs(policy, batch, reinforce.Args(micro_batch_tokens=20))
-    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+    for max_tokens in (1, 900):
+        parts = reinforce.score_logprobs(policy, batch, reinforce.Args(micro_batch_tokens=max_tokens))
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+    assert (whole[0] < 0).all()
 
 
-def test_micro_batches_are_sorted_and_cut():
+@pytest.mark.parametrize(
+    "used, kept",
+    [((3, 0), (64, 0)), ((3, 1), (64, 64)), ((64, 64), (64, 64)), ((65, 65), (128, 128)), ((129, 129), (130, 190))],
+)
+def test_parts_lose_blocks_of_padding(used, kept):
+    """Of 64 columns, counted from where completions begin: few widths, whatever the lengths are."""
+    (prompt, completion), input_ids = used, torch.arange(2 * 320).view(2, 320)
+    attention_mask = torch.ones(2, 320, dtype=torch.long)
+    attention_mask[0, : 130 - prompt] = attention_mask[0, 130 + completion :] = 0
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "mask": attention_mask[:, 130:]}
+    whole, part = reinforce.micro_batches(batch, 1)
+    assert whole["input_ids"].tolist() == [input_ids[1].tolist()] and whole["mask"].shape == (1, 190)
+    assert part["input_ids"].tolist() == [input_ids[0, 130 - kept[0] : 130 + kept[1]].tolist()]
+    assert part["mask"].tolist() == [[1] * completion + [0] * (kept[1] - completion)]
+
+
+def test_micro_batches_are_sorted():
     """The longest first, none above the limit unless alone, as equal as can be; with what has one value a row."""
     batch = as_batch([2, 7], [[3]] * 3 + [[3] * 8] * 16, pad=1)
     batch |= {"rows": torch.arange(19), "terminated": torch.arange(19) % 2 == 0}
@@ -108,9 +127,6 @@ def test_micro_batches_are_sorted_and_cut():
         assert torch.equal(part["terminated"], part["rows"] % 2 == 0)
         assert part["input_ids"].shape == part["attention_mask"].shape == (len(part["rows"]), 10)
         assert torch.equal(part["mask"], batch["mask"][part["rows"]])
-    short = {name: tensor[:3] for name, tensor in batch.items()}
-    (part,) = reinforce.micro_batches(short, 30)
-    assert part["input_ids"].tolist() == [[2, 7, 3]] * 3 and part["mask"].tolist() == [[1]] * 3
     assert not list(reinforce.micro_batches({name: tensor[:0] for name, tensor in batch.items()}, 50))
     assert [part["rows"].tolist() for part in reinforce.micro_batches(batch, 5)][:2] == [[3], [4]]
     eight = {name: tensor[3:11] for name, tensor in batch.items()}  # of ten tokens: not seven and one
