@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ import pytest
 import torch
 import transformers
 import tyro
+from test_judge import save_judge
 from tiny import make_tokenizer
 
-from nano_rl import compare, rloo
+from nano_rl import compare, judge, rloo
 from tests.experiments import run, trl_run
 
 ROWS = {
@@ -62,7 +64,7 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
     monkeypatch.setattr(run, "run_job", pretend)
     monkeypatch.setattr(run.AutoTokenizer, "from_pretrained", lambda _: make_tokenizer())
     monkeypatch.setattr(run, "read_again", lambda options: [options.env, "1.0", "0.5", "50%"])
-    monkeypatch.setattr(run, "doubts", lambda *_: None)  # which asks the real judge
+    monkeypatch.setattr(run, "doubts", lambda *_: None)  # which asks the real judge; it has a test of its own
     monkeypatch.setattr(run.judges, "score", lambda prompts, completions: [len(text) + 1.0 for text in completions])
     monkeypatch.setattr(run.judges, "yes", lambda prompts, completions: [0.5 for _ in completions])
     run.main(run.Args(name, data=tmp_path / "data", seeds=(0, 1, 2), output_dir=tmp_path / "out", workers=1, logs=logs))
@@ -106,6 +108,30 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert "| ppo | 0.000 ± 0.000 | 1.000 ± 0.000 | 0.250 ± 0.000 |" in out
         learn, unseen = (run.read(tmp_path / f"out/imdb/{part}.jsonl") for part in ("prompts", "held_out"))
         assert len(learn) == len(unseen) == 128 and not [row for row in unseen if row in learn]
+
+
+def test_what_makes_a_score_doubtful(tmp_path, monkeypatch, capsys):
+    """The probability of the words that count, by one plain pass a text; how far a score moves alone, and rounded."""
+    monkeypatch.setattr(judge, "MODEL", save_judge(tmp_path))
+    for name in ("JUDGE_MODEL", "JUDGE_QUESTIONS"):
+        monkeypatch.setenv(name, "")
+    prompts, stories = ["write about the sea", "a"], ["the sea sings " * 9, ""]
+    run.doubts(prompts, stories)
+    out = capsys.readouterr().out
+    model, tokenizer = judge.load_judge(judge.MODEL)
+    assert model.dtype == torch.float32, "the next score is not a rough one"
+    for questions, words in ((judge.SCORE_QUESTIONS, "123456789"), (judge.YES_QUESTIONS, ("Yes", "No"))):
+        shares = []
+        for prompt, story in zip(prompts, stories):
+            for question in questions.split("|"):
+                dialogue = f"user: {prompt}\n\nassistant: {story}"
+                text = f"<user> A user and an assistant:\n\n{dialogue}\n\n{question} <assistant> "
+                p = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1].softmax(dim=0)
+                shares.append(sum(p[tokenizer.convert_tokens_to_ids(word)].item() for word in words))
+        assert f"{', '.join(words)}: {sum(shares) / len(shares):.3f} of the probability" in out
+    moves = re.findall(r"a score moves by (\S+), at most by (\S+)", out)
+    (alone, most_alone), (rough, most_rough) = [map(float, pair) for pair in moves]
+    assert alone <= most_alone < 1e-4 < most_rough and rough <= most_rough
 
 
 def test_differences_are_as_rare_as_they_are(capsys):
