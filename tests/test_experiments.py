@@ -72,6 +72,8 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
     if name == "distill":
         assert "| distill, 5 steps | 288 ± 0 | 0.375 ± 0.000 |" in out  # two steps of 16 completions of 9 tokens
         assert "| grpo, 10 steps | 288 ± 0 | 0.500 ± 0.000 |" in out and "| sft, 10 steps | 480 ± 0 | 0." in out
+        assert "| of 15 differences, the clearest | right |" in out
+        assert "| grpo, 10 steps - sft, 10 steps | 0.250 ± 0.000 |" in out
     elif name == "turns":
         assert "| start | 0.250 |  | 0.500 |  |  |  |" in out and "| lines | 0.250 |  | 0.500 |  |  |  |" in out
         assert "| game | 0.250 ± 0.000 |  | 0.500 ± 0.000 |  |  |  |" in out
@@ -102,10 +104,14 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
         assert out.count("of 15 differences") == 3 and "| reinforce - rloo | 0.000 ± 0.000 | 1.000 |" in out
         assert "| grpo | 240 ± 0 | 30 ± 0 |" in out
         assert out.count("\n  before (-1.000): b c\n  after (9.000): b c") == 3
+    if name == "preferences":
+        assert "| probabilistic - penalty | 0.000 ± 0.000 | 1.000 |" in out
     if name == "judge":
         assert "| nothing | 1.000 ± 0.000 | -3.000 ± 0.000 | 0.500 ± 0.000 | 0.000 ± 0.000 |" in out
     if name == "imdb":
         assert "| ppo | 0.000 ± 0.000 | 1.000 ± 0.000 | 0.250 ± 0.000 |" in out
+        assert "| of 15 differences, the clearest | positive after |" in out
+        assert "- ppo | 0.000 ± 0.000 | 1.000 |" in out
         learn, unseen = (run.read(tmp_path / f"out/imdb/{part}.jsonl") for part in ("prompts", "held_out"))
         assert len(learn) == len(unseen) == 128 and not [row for row in unseen if row in learn]
 

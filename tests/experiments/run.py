@@ -310,6 +310,8 @@ def preferences(args: Args) -> None:
     rows = [[head, *(cell.format(**last[head]) for cell in cells)] for head in heads]
     show(columns, [row + [f"{last[row[0]].get('eval/score_deviation', 0):.2f}"] for row in rows])
     show(["reward", *LEARNING], [[name, *learning(args, name)] for name in jobs])
+    if len(args.seeds) > 1:  # of one scale
+        differences({name: gains(args, name) for name in ("probabilistic", "penalty")}, "gain")
 
 
 def imdb(args: Args) -> None:
@@ -334,7 +336,7 @@ def imdb(args: Args) -> None:
 
     last = read(args.output_dir / "classifier/metrics.jsonl")[-1]
     print(f"held-out accuracy of the classifier: {last['eval/accuracy']:.3f} ± {last['eval/accuracy_se']:.3f}")
-    rows = []
+    rows, positive = [], {}
     for name in jobs:
         runs = [read(args.output_dir / f"{name}-{seed}/completions.jsonl") for seed in args.seeds]
         shares = []  # of each seed, before and after
@@ -343,7 +345,10 @@ def imdb(args: Args) -> None:
             steps = sorted({line["step"] for line in held_out})
             shares.append([mean(line["reward"] > 0 for line in held_out if line["step"] == step) for step in steps])
         rows.append([name, *(estimate(share) for share in zip(*shares)), *learning(args, name)])
+        positive[name] = [after for _, after in shares]
     show(["run", "positive before", "after", *LEARNING], rows)
+    if len(args.seeds) > 1:
+        differences(positive, "positive after")
 
 
 def shares_right(args: Args, policies: dict[str, str | Path], flags: str) -> dict[str, float]:
@@ -407,18 +412,22 @@ def distill(args: Args) -> None:
         right |= shares_right(args, students, f"--prompts {test} --seed {seed}")
 
     lessons = 16 * sum(row.get("completions/mean_length", 0) for row in read(args.output_dir / "teacher/metrics.jsonl"))
-    rows = [["the teacher, by GRPO, 20 steps", f"{lessons:.0f}", f"{right['teacher']:.3f}"]]
+    rows, scores = [["the teacher, by GRPO, 20 steps", f"{lessons:.0f}", f"{right['teacher']:.3f}"]], {}
     for name in jobs:
         metrics = [read(args.output_dir / f"{name}-{seed}/metrics.jsonl") for seed in args.seeds]
         for step in (0, 5, 10):
             sampled = [16 * sum(row["completions/mean_length"] for row in rows[1 : step + 1]) for rows in metrics]
             shares = [row["eval/reward"] for rows in metrics for row in rows if row["step"] == step]
             rows.append([f"{name}, {step} steps", estimate(sampled, 0), estimate(shares)])
+            scores |= {f"{name}, {step} steps": shares} if step else {}
     for steps in (5, 10):
         tokens_read = [16 * steps * tokens[seed] for seed in args.seeds]
         shares = [right[f"sft-{steps}-{seed}"] for seed in args.seeds]
         rows.append([f"sft, {steps} steps", estimate(tokens_read, 0), estimate(shares)])
+        scores[f"sft, {steps} steps"] = shares
     show(["student", "tokens sampled; by SFT read", f"right, of {len(read(test))}"], rows)
+    if len(args.seeds) > 1:
+        differences(scores, "right")
 
 
 def play_games(starts: list[dict], chance: random.Random) -> list[dict]:
