@@ -79,7 +79,7 @@ OTHERS = {
     "gpt_neox": {},
     "gpt2": GPT,
     "gptj": GPT | dict(rotary_dim=4),
-    "codegen": GPT | dict(rotary_dim=4, n_head=4),
+    "codegen": GPT | dict(rotary_dim=4, n_head=4, num_attention_heads=4),
     "gpt_bigcode": GPT,
     "gpt_neo": dict(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]),
     "openai-gpt": GPT,

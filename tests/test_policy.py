@@ -135,7 +135,7 @@ def test_micro_batches_are_sorted():
 
 @pytest.mark.parametrize("config", [llama_config, gpt2_config, gemma_config])
 def test_plain_and_fused_attention_are_the_same(tmp_path, monkeypatch, config):
-    """`load` takes the faster of the two; samples, log-probabilities and gradients do not tell which."""
+    """With bfloat16 plain trains faster, and fused samples; samples, log-probabilities and gradients are the same."""
     name, results = save_policy(tmp_path / "model", config(25)), []
     batch = as_batch([2, 7], [[3, 4, 1], [5, 8, 9]], pad=0, left=2)
     for bfloat16, attention in (True, "eager"), (False, "sdpa"):
@@ -144,6 +144,9 @@ def test_plain_and_fused_attention_are_the_same(tmp_path, monkeypatch, config):
         assert policy.config._attn_implementation == attention or config is gemma_config
         monkeypatch.setattr(reinforce, "has_bfloat16", lambda device: False)
         sampler = reinforce.make_sampler(policy, tokenizer, reinforce.Args(max_new_tokens=6))
+        assert sampler.config._attn_implementation == ("eager" if config is gemma_config else "sdpa")
+        assert policy.config._attn_implementation == attention or config is gemma_config, "as it was"
+        sampler.set_attn_implementation(policy.config._attn_implementation)
         torch.manual_seed(0)
         sampled, _ = reinforce.sample(sampler, tokenizer, make_examples([3, 5, 7], [4]), 1.0)
         logprobs = reinforce.compute_logprobs(policy, batch, 0.7)
@@ -203,6 +206,14 @@ def test_sampler_is_the_policy_with_exact_rotary_frequencies(bfloat16):
     alive = weakref.ref(sampler)
     del sampler
     assert alive() is None, "its memory is free at once"
+
+
+def test_what_a_module_keeps_of_a_forward_pass_is_not_copied():
+    """RecurrentGemma's layers keep their last state, with its graph, which cannot be copied."""
+    policy = make_policy(llama_config(25))
+    policy.model.kept, policy.model.constant = policy.lm_head.weight.sum(), torch.ones(1)
+    sampler = reinforce.make_sampler(policy, make_tokenizer(), reinforce.Args())
+    assert sampler.model.kept is None and policy.model.kept.requires_grad and sampler.model.constant == 1
 
 
 @pytest.mark.parametrize("names", [[], ["avx2", "avx512_f"], ["avx512_bf16"], ["amx_bf16"], ["neon", "bf16"]])
