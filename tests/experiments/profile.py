@@ -35,7 +35,7 @@ KINDS = {  # of operators, by how their names begin behind "aten::"; the first t
     "sums of gradients": ("add_",),
     "clipping and Adam": ("_fused_adam", "_foreach", "linalg_vector_norm", "mul_"),
     "log-softmax over the vocabulary": ("_log_softmax", "nll_loss"),
-    "drawing": ("cumsum", "argmax", "rand", "isin"),
+    "drawing": ("cumsum", "argmax", "rand"),
     "elementwise": ("",),
 }
 REST = "Python, and between"
