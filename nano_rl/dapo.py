@@ -338,7 +338,7 @@ def micro_batches(batch: dict[str, Tensor], max_tokens: int) -> Iterator[dict[st
     blocks = torch.arange(T - batch["input_ids"].shape[1], T, device=batch["mask"].device) // 64  # (P + T,)
     num_parts = math.ceil(len(batch["mask"]) / max(1, max_tokens // len(blocks)))  # as equal as can be
     for rows in filter(len, batch["mask"].sum(dim=1).argsort(descending=True, stable=True).chunk(num_parts or 1)):
-        used = torch.isin(blocks, blocks[batch["attention_mask"][rows].any(dim=0)])  # (P + T,), t has all or T
+        used = torch.isin(blocks, blocks[batch["attention_mask"][rows].any(dim=0)])  # (P + T,); some t have T alone
         yield {name: t[rows][:, used[-t.shape[1] :]] if t.dim() == 2 else t[rows] for name, t in batch.items()}
 
 
