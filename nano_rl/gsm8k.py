@@ -10,7 +10,7 @@ v(y) is an exact fraction, or nothing. In the last <answer>, or in all of y if t
     #### or the one in \boxed{}, whichever comes last, else the last number of all. "#### 1. Add" is a heading.
     one number each:       1,234  1 234  1,00,000  -$5.00  $-5  .5  12.  1.5e3  3/4  3 1/2  3½  \frac{3}{4}  −7  ٣
     no unit is read:       50% and 50 apples are 50; 5k and 5 million are 5; the 2 of m^2 is part of the unit
-    nothing, so r(y) = 0:  1/0  3:30  5/6/2024  1.2.3  1,23  1_000  10^6, and a number of more than 50 characters;
+    nothing, so r(y) = 0:  1/0  3:30  5/6/2024  1.2.3  1,23  1_000  10^6  USD50, a number of more than 50 characters;
     a part of the answer:  2\sqrt{3}  5\pi  \frac{\sqrt{3}}{2}  3 × 4, and of a box also  3, 4  x = 3, y = 4
     a sign touches its number, so "- 7" is 7; in 16-9 and 5–7 there is none
 

@@ -386,8 +386,8 @@ def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -
         ids = {*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}
         if max(ids) >= len(model.get_input_embeddings().weight):
             raise InputError(f"--reward-model {args.reward_model}: has no embedding of some of its tokenizer's tokens")
-    if deviations and not (args.reward_model and len(labels) > 1):
-        raise InputError("--uncertainty-penalty needs a --reward-model with several labels")
+    if deviations and not (args.reward_fn or args.reward_model and len(labels) > 1):
+        raise InputError("--uncertainty-penalty needs a --reward-model with several labels, or pairs of --reward-fn")
     if args.reward_model:
         show(f"reward: {', '.join(labels) if len(labels) > 1 else 'the score'} of {args.reward_model}")
         return partial(score_by_model, model.requires_grad_(False), tokenizer, deviations)
@@ -519,8 +519,8 @@ class Run:
         if self.is_main and not self.args.resume and others:
             raise InputError(f"--output-dir {self.folder} is not empty: choose another, delete it, or --resume it")
         self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
-        for name, size in self.state["log_sizes"].items() if self.is_main else ():
-            os.truncate(self.folder / name, size)  # the steps after the checkpoint are made again
+        for path in self.folder.glob("*.jsonl") if self.is_main else ():  # later steps are made again
+            os.truncate(path, min(path.stat().st_size, self.state["log_sizes"].get(path.name, math.inf)))
         os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
         self.accelerator.log_with = ["wandb"] if self.args.track else []  # earlier, a run without wandb would warn

@@ -174,7 +174,8 @@ def train(args: Args, make_env: Callable[[], object] | None = None) -> Path:
         kl_of_turns = torch.zeros_like(rewards).scatter_add(1, batch["turns"].cpu(), kl.double().cpu())  # (n, K)
 
         # 3. advantages
-        advantages = compute_advantages(rewards - args.kl_coef * kl_of_turns, args.group_size, args.gamma)  # (n, K)
+        kl_rewards = rewards - args.kl_coef * kl_of_turns  # (n, K)
+        advantages = compute_advantages(kl_rewards, args.group_size, args.gamma)  # (n, K)
         batch["advantages"] = advantages.float().to(run.device).gather(1, batch["turns"])  # (n, T)
 
         # 4. update
@@ -190,10 +191,11 @@ def train(args: Args, make_env: Callable[[], object] | None = None) -> Path:
         optimizer.zero_grad()
 
         total_rewards = rewards.sum(dim=1)  # (n,)
+        groups = kl_rewards.view(-1, args.group_size, kl_rewards.shape[1])  # (n / G, G, K)
         metrics = {  # the mean of each over all processes is logged
             "reward": total_rewards,
             "reward_std": run.gather(total_rewards).std(correction=0),
-            "frac_reward_zero_std": (advantages.view(-1, args.group_size, advantages.shape[1]) == 0).all(dim=(1, 2)),
+            "frac_reward_zero_std": (groups == groups[:, :1]).all(dim=(1, 2)),
             "completions/mean_length": batch["mask"].sum(dim=1),
             "completions/clipped_ratio": torch.tensor([e["cut"] / e["num_turns"] for e in episodes]),
             "episodes/turns": torch.tensor([float(episode["num_turns"]) for episode in episodes]),
@@ -495,8 +497,8 @@ def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -
         ids = {*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}
         if max(ids) >= len(model.get_input_embeddings().weight):
             raise InputError(f"--reward-model {args.reward_model}: has no embedding of some of its tokenizer's tokens")
-    if deviations and not (args.reward_model and len(labels) > 1):
-        raise InputError("--uncertainty-penalty needs a --reward-model with several labels")
+    if deviations and not (args.reward_fn or args.reward_model and len(labels) > 1):
+        raise InputError("--uncertainty-penalty needs a --reward-model with several labels, or pairs of --reward-fn")
     if args.reward_model:
         show(f"reward: {', '.join(labels) if len(labels) > 1 else 'the score'} of {args.reward_model}")
         return partial(score_by_model, model.requires_grad_(False), tokenizer, deviations)
@@ -628,8 +630,8 @@ class Run:
         if self.is_main and not self.args.resume and others:
             raise InputError(f"--output-dir {self.folder} is not empty: choose another, delete it, or --resume it")
         self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
-        for name, size in self.state["log_sizes"].items() if self.is_main else ():
-            os.truncate(self.folder / name, size)  # the steps after the checkpoint are made again
+        for path in self.folder.glob("*.jsonl") if self.is_main else ():  # later steps are made again
+            os.truncate(path, min(path.stat().st_size, self.state["log_sizes"].get(path.name, math.inf)))
         os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
         self.accelerator.log_with = ["wandb"] if self.args.track else []  # earlier, a run without wandb would warn
@@ -739,7 +741,7 @@ def load_env(name: str) -> type:
 def load_starts(args: Args, tokenizer, make_env: Callable[[], object]) -> tuple[list[dict], list[dict]]:
     """What the episodes' reset() is called with: to train on, and held out."""
     rows = read_starts(args.prompts) if args.prompts else getattr(make_env(), "starts", list)()
-    rows = list({json.dumps(row): row for row in rows}.values())
+    rows = list({json.dumps(row, sort_keys=True): row for row in rows}.values())
     if len(rows) < (1 if args.eval_prompts else 3):
         raise InputError("give --prompts with 3 different lines or more, of which 2 are held out, or --eval-prompts")
     num_held_out = max(2, min(32, len(rows) // 4))
@@ -896,7 +898,7 @@ def collate(episodes: list[dict], pad_id: int, device: torch.device) -> dict[str
 
 def evaluate_episodes(run, policy, ref_policy, tokenizer, starts: list[dict], make_env: Callable) -> tuple:
     """Held-out reward and turns and, what the reward does not see, the KL to π_ref."""
-    args, group_size = run.args, max(1, 32 // len(starts))  # 32 episodes or, of more starts, one each
+    args, group_size = run.args, max(1, 32 // len(starts))  # up to 32 episodes or, of more starts, one each
     examples = [start for start in run.share(starts) for _ in range(group_size)]
     samples, table = [], [[torch.zeros(0)] * 3]
     set_seed((args.seed + run.rank) % 2**32)  # the same draws at every evaluation

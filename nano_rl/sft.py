@@ -334,8 +334,8 @@ class Run:
         if self.is_main and not self.args.resume and others:
             raise InputError(f"--output-dir {self.folder} is not empty: choose another, delete it, or --resume it")
         self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
-        for name, size in self.state["log_sizes"].items() if self.is_main else ():
-            os.truncate(self.folder / name, size)  # the steps after the checkpoint are made again
+        for path in self.folder.glob("*.jsonl") if self.is_main else ():  # later steps are made again
+            os.truncate(path, min(path.stat().st_size, self.state["log_sizes"].get(path.name, math.inf)))
         os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
         self.accelerator.log_with = ["wandb"] if self.args.track else []  # earlier, a run without wandb would warn

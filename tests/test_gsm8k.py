@@ -157,6 +157,7 @@ PARSED = [
     ("seventy-two", None),
     ("GSM8K", None),
     ("x2", None),
+    ("#### USD50", None),
     ("step_2", None),
     ("1/0", None),
     ("\\frac{1}{0}", None),

@@ -192,10 +192,19 @@ def test_turns_add_up(model, prompts, tmp_path):
 
 
 def test_equal_rewards_move_nothing(model, prompts, tmp_path):
-    """Three times 0.1 is not 0.3 in float64."""
+    """Three times 0.1 is not 0.3 in float64, nor is 2.7 - 0.9 twice 0.9."""
     same_for_all = type("Same", (Echo,), {"step": lambda self, action: ("", 0.1, True, False, {})})
     rows = read(train(model, tmp_path / "run", prompts, same_for_all, batch_size=4, group_size=4))[1:]
     assert rows and all(row["frac_reward_zero_std"] == 1 and row["grad_norm"] == 0 for row in rows)
+
+    def step(self, action):
+        self.left -= 1
+        return "", float(self.left == 0), self.left == 0, False, {}
+
+    at_the_end = type("AtTheEnd", (Echo,), {"step": step})
+    options = dict(num_steps=1, batch_size=6, group_size=3, gamma=0.9)
+    row = read(train(model, tmp_path / "two", prompts, at_the_end, **options))[1]
+    assert row["frac_reward_zero_std"] == 1 and row["grad_norm"] < 1e-9
 
 
 def test_one_start_beside_those_that_are_held_out(model, prompts, tmp_path):
@@ -540,6 +549,9 @@ def test_what_cannot_be_played(model, tmp_path):
     assert "cannot import --env Chess as module:Class" in error(env="Chess")
     assert "cannot import --env test_multi_turn:Chess as module:Class" in error(env="test_multi_turn:Chess")
     assert "give --prompts with 3 different lines" in error(env="Lines")
+    twice = '{"low": 1, "secret": 2}\n{"secret": 2, "low": 1}\n{"low": 1, "secret": 3}\n'
+    (tmp_path / "rows.jsonl").write_text(twice)
+    assert "give --prompts with 3 different lines" in error(prompts=str(tmp_path / "rows.jsonl"))
     assert "cannot read none.jsonl: each line must be a JSON object" in error(prompts="none.jsonl")
     (tmp_path / "rows.jsonl").write_text('{"low": 1, "secret": 2}\n[1]\n')
     assert "rows.jsonl, line 2: each line must be a JSON object" in error(prompts=str(tmp_path / "rows.jsonl"))

@@ -56,6 +56,11 @@ def test_the_penalty_needs_a_distribution(model, tmp_path, num_labels):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_penalty_takes_the_pairs_of_a_function():
+    args = reinforce.Args(reward_fn="math:hypot")
+    assert reinforce.load_reward_fn(args, torch.device("cpu"), deviations=True) is math.hypot
+
+
 def test_a_reward_is_the_same_beside_its_deviation(tmp_path):
     args = reinforce.Args(reward_model=save_reward_model(tmp_path / "reward", num_labels=4))
     rewards, pairs = (

@@ -789,6 +789,14 @@ def test_an_output_folder_that_holds_something(model, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+def test_a_run_goes_on_without_the_logs_that_were_lost(model, tmp_path):
+    folder = run(model, tmp_path / "run", num_steps=1)
+    (folder / "completions.jsonl").unlink()
+    (folder / "metrics.jsonl").write_text("")
+    rm.train(rm.Args(resume=str(folder), num_steps=2))
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [2]
+
+
 def test_resume_of_another_files_run(model, tmp_path):
     args = dict(model=model, batch_size=4, num_steps=1, max_new_tokens=8, eval_every=0)
     folder = remax.train(remax.Args(output_dir=str(tmp_path / "rl"), **args))

@@ -499,6 +499,21 @@ def test_killed_at_a_random_moment(model, straight, tmp_path, seed):
     assert same(weights(folder), weights(straight))
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
+def test_a_run_goes_on_without_the_logs_that_were_lost(model, tmp_path, name):
+    """As of a user who made room on a full disk, or of a machine that lost its power."""
+    folder = run(model, tmp_path / "run", num_steps=1, eval_every=0)
+    shutil.copytree(folder, tmp_path / "deleted")
+    (tmp_path / "deleted" / name).unlink()
+    shutil.copytree(folder, tmp_path / "shorter")
+    (tmp_path / "shorter" / name).write_text("")
+    (folder / "own.jsonl").write_text("{}")
+    for folder, other_steps in ("run", {0, 1}), ("deleted", set()), ("shorter", set()):
+        reinforce.train(reinforce.Args(resume=str(tmp_path / folder), num_steps=2))
+        assert {row["step"] for row in read(tmp_path / folder, name)} == other_steps | {2}
+    assert (tmp_path / "run" / "own.jsonl").read_text() == "{}"
+
+
 def test_checkpoints_come_by_the_clock_and_after_the_last_step(model, tmp_path, monkeypatch):
     saved, save_checkpoint = [], reinforce.Run.save_checkpoint
     monkeypatch.setattr(

@@ -539,6 +539,14 @@ def test_resume_of_another_files_run(model, tmp_path):
         sft.train(sft.Args(resume=str(folder)))
 
 
+def test_a_run_goes_on_without_the_logs_that_were_lost(model, tmp_path):
+    folder = run(model, tmp_path / "run", num_steps=1)
+    (folder / "completions.jsonl").unlink()
+    (folder / "metrics.jsonl").write_text("")
+    sft.train(sft.Args(resume=str(folder), num_steps=2))
+    assert [row["step"] for row in read(folder)] == [2]
+
+
 def test_rows_that_grew_are_not_resumed(model, tmp_path):
     """Their last tenth would be others."""
     folder = run(model, tmp_path / "run")
