@@ -191,11 +191,10 @@ def train(args: Args, make_env: Callable[[], object] | None = None) -> Path:
         optimizer.zero_grad()
 
         total_rewards = rewards.sum(dim=1)  # (n,)
-        groups = kl_rewards.view(-1, args.group_size, kl_rewards.shape[1])  # (n / G, G, K)
         metrics = {  # the mean of each over all processes is logged
             "reward": total_rewards,
             "reward_std": run.gather(total_rewards).std(correction=0),
-            "frac_reward_zero_std": (groups == groups[:, :1]).all(dim=(1, 2)),
+            "frac_reward_zero_std": (kl_rewards.unflatten(0, (-1, args.group_size)).diff(dim=1) == 0).all(dim=(1, 2)),
             "completions/mean_length": batch["mask"].sum(dim=1),
             "completions/clipped_ratio": torch.tensor([e["cut"] / e["num_turns"] for e in episodes]),
             "episodes/turns": torch.tensor([float(episode["num_turns"]) for episode in episodes]),
