@@ -194,7 +194,7 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
                 advantage = part["advantages"]  # (n,)
                 loss = compute_loss(ratio, logprobs, kl, advantage, mask, args.clip_coef, args.kl_coef, total_tokens)
                 loss.backward()
-                is_clipped = ratio > 1 + args.clip_coef  # (n, T)
+                is_clipped = ratio > 1 + args.clip_coef  # (n, T), whatever the sign of A: TRL counts A > 0 alone
                 logged.append(torch.stack([ratio, is_clipped, kl]).detach()[:, mask.bool()])  # (3, tokens)
             grad_norms.append(run.sum_and_clip_gradients(parameters, args.max_grad_norm))
             optimizer.step()
@@ -411,7 +411,7 @@ def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -
         raise InputError("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
     if args.reward_model:
         model, tokenizer = load(transformers.AutoModelForSequenceClassification, args.reward_model, device)
-        tokenizer.truncation_side = "left"  # the beginning goes, as in training
+        tokenizer.truncation_side = "left"  # the beginning goes, of a pair the longer text's
         labels = [f"{label} is {i + 1}" for i, label in sorted(model.config.id2label.items())]
         ids = {*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}
         if max(ids) >= len(model.get_input_embeddings().weight):
@@ -551,8 +551,8 @@ class Run:
         self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
         for path in self.folder.glob("*.jsonl") if self.is_main else ():  # later steps are made again
             os.truncate(path, min(path.stat().st_size, self.state["log_sizes"].get(path.name, math.inf)))
-        os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
+        wandb["mode"] = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         self.accelerator.log_with = ["wandb"] if self.args.track else []  # earlier, a run without wandb would warn
         self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
         self.step_time = self.save_time = time.perf_counter()

@@ -23,9 +23,9 @@ What is found beyond B is dropped. Where the rounds end before B are found, the 
 its tokens; where there is nothing, no Adam step is taken. completions/num_sampled counts what was sampled for
 completions/num_trained; reward is the mean r of all that was sampled: the trained alone are what the filter chose.
 
-What the filter drops has A = 0, the penalty aside: of one prompt (B = 1) it scales L's expected gradient, of more it
-turns it a little, as M loses those tokens. It is that of no expected reward: std(R), as in GRPO, turns it, and so does
-1/M, as lengths are sampled.
+What the filter drops has A = 0, but for the penalty. At B = 1 the filter scales L's expected gradient; at more it also
+turns it a little, as M loses tokens. That gradient is of no expected reward: std(R), as in GRPO, turns it, and 1/M, as
+lengths are sampled.
 
 B prompts a step with G completions of each make N = B·G over all processes, n of them in one process or micro-batch;
 P prompt tokens, T completion tokens, V words of vocabulary. π is at --temperature everywhere.
@@ -39,7 +39,7 @@ P prompt tokens, T completion tokens, V words of vocabulary. π is at --temperat
 Differs from GRPO in the four, and has no KL. Differs from the paper:
     1. The gradient is scaled down to --max-grad-norm before Adam takes its step; 1e-4 is added to std(R).
     2. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
-    3. r may be any number. The paper's is -1 or 1, and a penalty of 1 half of what is between; of 0 and 1 it is all.
+    3. r may be any number. The paper's is -1 or 1: a penalty of 1 is half the gap. With 0 and 1 it is the whole gap.
     4. M is of the batch, the paper's of a prompt; its rounds have no end, and its updates a 16th of the batch each.
     5. What is cut off is trained, and penalised; the paper can leave it out.
 
@@ -435,7 +435,7 @@ def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -
         raise InputError("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
     if args.reward_model:
         model, tokenizer = load(transformers.AutoModelForSequenceClassification, args.reward_model, device)
-        tokenizer.truncation_side = "left"  # the beginning goes, as in training
+        tokenizer.truncation_side = "left"  # the beginning goes, of a pair the longer text's
         labels = [f"{label} is {i + 1}" for i, label in sorted(model.config.id2label.items())]
         ids = {*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}
         if max(ids) >= len(model.get_input_embeddings().weight):
@@ -575,8 +575,8 @@ class Run:
         self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
         for path in self.folder.glob("*.jsonl") if self.is_main else ():  # later steps are made again
             os.truncate(path, min(path.stat().st_size, self.state["log_sizes"].get(path.name, math.inf)))
-        os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
+        wandb["mode"] = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         self.accelerator.log_with = ["wandb"] if self.args.track else []  # earlier, a run without wandb would warn
         self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
         self.step_time = self.save_time = time.perf_counter()

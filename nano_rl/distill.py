@@ -386,7 +386,7 @@ def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -
         raise InputError("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
     if args.reward_model:
         model, tokenizer = load(transformers.AutoModelForSequenceClassification, args.reward_model, device)
-        tokenizer.truncation_side = "left"  # the beginning goes, as in training
+        tokenizer.truncation_side = "left"  # the beginning goes, of a pair the longer text's
         labels = [f"{label} is {i + 1}" for i, label in sorted(model.config.id2label.items())]
         ids = {*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}
         if max(ids) >= len(model.get_input_embeddings().weight):
@@ -526,8 +526,8 @@ class Run:
         self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
         for path in self.folder.glob("*.jsonl") if self.is_main else ():  # later steps are made again
             os.truncate(path, min(path.stat().st_size, self.state["log_sizes"].get(path.name, math.inf)))
-        os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
+        wandb["mode"] = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         self.accelerator.log_with = ["wandb"] if self.args.track else []  # earlier, a run without wandb would warn
         self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
         self.step_time = self.save_time = time.perf_counter()

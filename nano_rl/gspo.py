@@ -9,10 +9,10 @@ Zheng et al. 2025, "Group Sequence Policy Optimization" (arXiv 2507.18071), sect
 
 r_i is the reward of completion y_i of prompt x_i, |y_i| its tokens, β is --kl-coef, π_ref is π_θ before training.
 
-The reward is one of a whole completion, so its ratio is one, too: s is the |y|-th root of π_θ(y) / π_old(y), near 1 at
+The reward belongs to a whole completion, so the ratio does, too: s is the |y|-th root of π_θ(y) / π_old(y), near 1 at
 any length. min takes a completion out as a whole, or not at all. log s is a mean of log ratios and moves far less than
-one of them, so ε is some 600 times smaller than GRPO's: the paper's 3e-4 and 4e-4. A large Adam step takes most
-completions out of it, A > 0 above and A < 0 below, and the next trains the rest: --learning-rate and ε go together.
+one of them, so ε is some 600 times smaller than GRPO's: the paper's 3e-4 and 4e-4. A large Adam step takes s of most
+completions past 1 ± ε, up for A > 0, down for A < 0, and the next trains the rest: --learning-rate and ε go together.
 
 In the first update s is 1 and its gradient 1/|y_i| Σ_t ∇ log π_θ(y_i,t): L has the gradient of GRPO's, at any lengths.
 Later GRPO weighs each token by its own ratio, GSPO all tokens of a completion by s. Without its root, and unclipped, s
@@ -411,7 +411,7 @@ def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -
         raise InputError("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
     if args.reward_model:
         model, tokenizer = load(transformers.AutoModelForSequenceClassification, args.reward_model, device)
-        tokenizer.truncation_side = "left"  # the beginning goes, as in training
+        tokenizer.truncation_side = "left"  # the beginning goes, of a pair the longer text's
         labels = [f"{label} is {i + 1}" for i, label in sorted(model.config.id2label.items())]
         ids = {*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}
         if max(ids) >= len(model.get_input_embeddings().weight):
@@ -551,8 +551,8 @@ class Run:
         self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
         for path in self.folder.glob("*.jsonl") if self.is_main else ():  # later steps are made again
             os.truncate(path, min(path.stat().st_size, self.state["log_sizes"].get(path.name, math.inf)))
-        os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
+        wandb["mode"] = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         self.accelerator.log_with = ["wandb"] if self.args.track else []  # earlier, a run without wandb would warn
         self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
         self.step_time = self.save_time = time.perf_counter()

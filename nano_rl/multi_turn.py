@@ -31,7 +31,7 @@ Adds to RLOO: turns. An episode of one turn is rloo.py's completion, to the bit 
 
 Differs from the papers:
     1. The gradient is scaled down to --max-grad-norm before Adam takes its step.
-    2. An episode that is cut off is trained like any other.
+    2. An episode that its environment did not end (episodes/truncated) is trained like any other.
     3. A copy of π_θ samples, in bfloat16 where the hardware has it: log π is about 0.04 off, a token, uncorrected.
     4. Thoughts stay in the context of later turns, even if the chat template would drop them there.
 
@@ -113,7 +113,7 @@ class Args:  # a flag's comment is its --help
 
 # ---- The algorithm --------------------------------------------------------------------------------------------------
 def compute_advantages(rewards: Tensor, group_size: int, gamma: float) -> Tensor:
-    """(2): rewards of each turn, 0 for those that were not played, and advantages are (n, K), groups side by side."""
+    """(1), (2): rewards of each turn, 0 for those not played, and advantages are (n, K), groups side by side."""
     returns = rewards.clone()  # (n, K)
     for k in reversed(range(rewards.shape[1] - 1)):
         returns[:, k] += gamma * returns[:, k + 1]  # (1)
@@ -196,7 +196,7 @@ def train(args: Args, make_env: Callable[[], object] | None = None) -> Path:
             "reward_std": run.gather(total_rewards).std(correction=0),
             "frac_reward_zero_std": (kl_rewards.unflatten(0, (-1, args.group_size)).diff(dim=1) == 0).all(dim=(1, 2)),
             "completions/mean_length": batch["mask"].sum(dim=1),
-            "completions/clipped_ratio": torch.tensor([e["cut"] / e["num_turns"] for e in episodes]),
+            "completions/clipped_ratio": torch.tensor([e["cut"] / e["num_turns"] for e in episodes]),  # of its actions
             "episodes/turns": torch.tensor([float(episode["num_turns"]) for episode in episodes]),
             "episodes/truncated": torch.tensor([float(episode["end"] != "terminated") for episode in episodes]),
             "entropy_estimate": torch.cat(surprisals),
@@ -215,7 +215,7 @@ def train(args: Args, make_env: Callable[[], object] | None = None) -> Path:
 
 # ---- Environments ---------------------------------------------------------------------------------------------------
 class HigherOrLower:
-    """A number of seven is to be guessed in three turns; halving them each time always does."""
+    """One of seven numbers is to be guessed in three turns; who halves the range each time always finds it."""
 
     def starts(self) -> list[dict]:
         """All beginnings, in ranges of seven that start at 1 to 12; the last quarter has ranges of its own."""
@@ -242,7 +242,7 @@ class HigherOrLower:
 
 
 class Lines:
-    """A question of maths is answered line by line, one an action; after "<<3*4=" the calculator writes "12>>"."""
+    """Maths, answered line by line: an action is a line, or its part up to "<<3*4=", after which "12>>" is written."""
 
     stop = r"\n|<<[^<>\n]*="  # an action ends with the token that has this
     continues = True  # what is observed goes on in the policy's own turn
@@ -256,7 +256,7 @@ class Lines:
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         self.text += action
-        if calculation := re.search(r"<<([^<>\n]*)=$", action):
+        if calculation := re.search(r"<<([^<>\n]*)=\Z", action):
             result = calculate(calculation[1]) + ">>"
             self.text += result
             return result, 0.0, False, False, {}
@@ -491,7 +491,7 @@ def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -
         raise InputError("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
     if args.reward_model:
         model, tokenizer = load(transformers.AutoModelForSequenceClassification, args.reward_model, device)
-        tokenizer.truncation_side = "left"  # the beginning goes, as in training
+        tokenizer.truncation_side = "left"  # the beginning goes, of a pair the longer text's
         labels = [f"{label} is {i + 1}" for i, label in sorted(model.config.id2label.items())]
         ids = {*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}
         if max(ids) >= len(model.get_input_embeddings().weight):
@@ -631,8 +631,8 @@ class Run:
         self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
         for path in self.folder.glob("*.jsonl") if self.is_main else ():  # later steps are made again
             os.truncate(path, min(path.stat().st_size, self.state["log_sizes"].get(path.name, math.inf)))
-        os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
+        wandb["mode"] = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         self.accelerator.log_with = ["wandb"] if self.args.track else []  # earlier, a run without wandb would warn
         self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
         self.step_time = self.save_time = time.perf_counter()

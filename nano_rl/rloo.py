@@ -5,11 +5,11 @@ One that scored above the mean of the other G - 1 is made more likely, one below
 prompt is, but nothing of the completion that they are compared with.
 
     R_i = r_i - β Σ_t [log π_θ(y_i,t) - log π_ref(y_i,t)]    reward, less an estimate of the KL to the start  (1)
-    A_i = R_i - 1/(G-1) Σ_{j≠i} R_j                          advantage over the others of the prompt          (2)
+    A_i = R_i - b_i,  b_i = 1/(G-1) Σ_{j≠i} R_j              advantage over the others of the prompt          (2)
     L   = -1/N Σ_i A_i Σ_t log π_θ(y_i,t)                    loss; R and A are constants in it                (3)
 
 r_i is the reward of completion y_i of prompt x_i, β is --kl-coef, π_ref is π_θ before training. R_i holds θ, yet its
-own gradient adds nothing on average: E[∇ log π_θ(y)] = 0. So neither does b · ∇ log π_θ(y_i), if b does not know y_i.
+own gradient adds nothing on average: E[∇ log π_θ(y)] = 0. Nor does b_i · ∇ log π_θ(y_i), as b_i does not know y_i.
 A group with R = 1, 0, 0, 0 has A = 1, -1/3, -1/3, -1/3; one with equal R has A = 0, and no gradient.
 
 B prompts a step with G completions of each make N = B·G over all processes, n of them in one process or micro-batch;
@@ -379,7 +379,7 @@ def load_reward_fn(args: Args, device: torch.device, deviations: bool = False) -
         raise InputError("choose one of --reward-fn, --reward-model and --brevity-penalty-scale (of lexical richness)")
     if args.reward_model:
         model, tokenizer = load(transformers.AutoModelForSequenceClassification, args.reward_model, device)
-        tokenizer.truncation_side = "left"  # the beginning goes, as in training
+        tokenizer.truncation_side = "left"  # the beginning goes, of a pair the longer text's
         labels = [f"{label} is {i + 1}" for i, label in sorted(model.config.id2label.items())]
         ids = {*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}
         if max(ids) >= len(model.get_input_embeddings().weight):
@@ -519,8 +519,8 @@ class Run:
         self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
         for path in self.folder.glob("*.jsonl") if self.is_main else ():  # later steps are made again
             os.truncate(path, min(path.stat().st_size, self.state["log_sizes"].get(path.name, math.inf)))
-        os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
+        wandb["mode"] = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         self.accelerator.log_with = ["wandb"] if self.args.track else []  # earlier, a run without wandb would warn
         self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
         self.step_time = self.save_time = time.perf_counter()

@@ -336,8 +336,8 @@ class Run:
         self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
         for path in self.folder.glob("*.jsonl") if self.is_main else ():  # later steps are made again
             os.truncate(path, min(path.stat().st_size, self.state["log_sizes"].get(path.name, math.inf)))
-        os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         wandb = {"dir": str(self.folder), "id": self.state["wandb_id"], "resume": "allow", "reinit": "finish_previous"}
+        wandb["mode"] = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         self.accelerator.log_with = ["wandb"] if self.args.track else []  # earlier, a run without wandb would warn
         self.accelerator.init_trackers("nano-rl", config, {"wandb": wandb})
         self.step_time = self.save_time = time.perf_counter()

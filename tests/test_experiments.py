@@ -154,6 +154,8 @@ def test_differences_are_as_rare_as_they_are(capsys):
     run.differences(files)
     _, _, *rows = capsys.readouterr().out.splitlines()
     assert all(float(row.split()[-2]) > 0.05 for row in rows)
+    run.differences({name: values[:1] for name, values in files.items()})
+    assert capsys.readouterr().out == "", "one seed tells nothing"
 
 
 def test_a_wide_file_hides_no_difference_of_others(capsys):

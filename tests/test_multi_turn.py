@@ -398,7 +398,7 @@ def test_a_question_is_answered_line_by_line():
     assert env.step("#### <<3*4=") == ("12>>", 0.0, False, False, {})
     assert env.step("12\n") == ("", 1.0, True, False, {}), "an answer may be calculated"
     env.reset("?", "12")
-    for action in ("First 3\n  ", "<<3-5=-", "2>>\n", "=\n\n"):
+    for action in ("First 3\n  ", "<<3-5=-", "2>>\n", "=\n\n", "<<3*4=\n"):
         assert env.step(action) == ("", 0.0, False, False, {}), "a token may go on after what it ends at"
     assert env.step("a line that is too lo") == ("", 0.0, True, False, {})
     right, wrong = ("#### 13\n", "#### 13.0", "#### 1,3"), ("####", "13", "#### 14", "#### -13")

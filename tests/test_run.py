@@ -382,9 +382,11 @@ def test_wandb_runs_have_an_id_of_their_own_and_keep_it(model, tmp_path, monkeyp
 def test_wandb_is_online_where_there_is_a_key(model, tmp_path, monkeypatch, key, mode):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", key)
-    monkeypatch.setattr(reinforce.Accelerator, "init_trackers", lambda *_: None)
+    given = []
+    monkeypatch.setattr(reinforce.Accelerator, "init_trackers", lambda *inputs: given.append(inputs[-1]["wandb"]))
     run(model, tmp_path / "run", num_steps=1, eval_every=0)
-    assert os.environ["WANDB_MODE"] == mode
+    assert [options["mode"] for options in given] == [mode]
+    assert "WANDB_MODE" not in os.environ, "the caller's own runs are as they were"
 
 
 def test_a_library_call_changes_nothing_outside(model, tmp_path):

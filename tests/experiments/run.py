@@ -176,7 +176,7 @@ def stories(args: Args, names: list[str]) -> None:
                 ends[measure][name] = of_seeds  # in the end the last step's
     show(["run", *LEARNING], rows)
     show(["run, step", *ends], course)
-    for measure, values in ends.items() if len(args.seeds) > 1 else ():
+    for measure, values in ends.items():
         differences(values, measure)
 
 
@@ -229,8 +229,10 @@ def differences(values: dict[str, list[float]], measure: str = "") -> None:
 
     If all files learn alike, a seed's values may as well stand under other names (Tukey 1953, by randomization). p
     counts relabelings in which the largest |t|, a mean over its standard error, is at least this one's, so it is
-    corrected for the number of pairs.
+    corrected for the number of pairs. One seed tells nothing.
     """
+    if len(next(iter(values.values()))) == 1:
+        return
     table, chance = torch.tensor(list(values.values()), dtype=torch.float64), torch.Generator().manual_seed(0)
     orders = torch.rand(10_000, *table.shape, generator=chance).argsort(dim=1)  # (10000, files, seeds)
     orders[0] = torch.arange(len(table))[:, None]  # as they are
@@ -285,10 +287,13 @@ def train_trl(args: Args, jobs: dict[str, str]) -> list[str]:
 
 def trl(args: Args) -> None:
     """TRL's two trainers, given the same budget, and their gains beside the ladder's, from the logs that are kept."""
+    if args.flags:
+        sys.exit("trl takes no --flags: the logs beside which its runs are put have none")
+    logs = replace(args, output_dir=Path(__file__).parent / "logs")
+    ours = {name: gains(logs, name) for name in LADDER}
     theirs = train_trl(args, {"trl-rloo": "rloo", "trl-grpo": "grpo"})
     stories(args, theirs)
-    ours = replace(args, output_dir=Path(__file__).parent / "logs")
-    differences({name: gains(ours, name) for name in LADDER} | {name: gains(args, name) for name in theirs}, "gain")
+    differences(ours | {name: gains(args, name) for name in theirs}, "gain")
 
 
 def preferences(args: Args) -> None:
@@ -310,8 +315,7 @@ def preferences(args: Args) -> None:
     rows = [[head, *(cell.format(**last[head]) for cell in cells)] for head in heads]
     show(columns, [row + [f"{last[row[0]].get('eval/score_deviation', 0):.2f}"] for row in rows])
     show(["reward", *LEARNING], [[name, *learning(args, name)] for name in jobs])
-    if len(args.seeds) > 1:  # of one scale
-        differences({name: gains(args, name) for name in ("probabilistic", "penalty")}, "gain")
+    differences({name: gains(args, name) for name in ("probabilistic", "penalty")}, "gain")  # of one scale
 
 
 def imdb(args: Args) -> None:
@@ -347,8 +351,7 @@ def imdb(args: Args) -> None:
         rows.append([name, *(estimate(share) for share in zip(*shares)), *learning(args, name)])
         positive[name] = [after for _, after in shares]
     show(["run", "positive before", "after", *LEARNING], rows)
-    if len(args.seeds) > 1:
-        differences(positive, "positive after")
+    differences(positive, "positive after")
 
 
 def shares_right(args: Args, policies: dict[str, str | Path], flags: str) -> dict[str, float]:
@@ -426,8 +429,7 @@ def distill(args: Args) -> None:
         rows.append([f"sft, {steps} steps", estimate(tokens_read, 0), estimate(shares)])
         scores[f"sft, {steps} steps"] = shares
     show(["student", "tokens sampled; by SFT read", f"right, of {len(read(test))}"], rows)
-    if len(args.seeds) > 1:
-        differences(scores, "right")
+    differences(scores, "right")
 
 
 def play_games(starts: list[dict], chance: random.Random) -> list[dict]:
@@ -571,8 +573,7 @@ def baselines(args: Args) -> None:
     """REINFORCE with each baseline."""
     train_seeds(args, {baseline: f"reinforce --baseline {baseline}" for baseline in BASELINES})
     show(["baseline", *LEARNING], [[name, *learning(args, name)] for name in BASELINES])
-    if len(args.seeds) > 1:
-        differences({name: gains(args, name) for name in BASELINES}, "gain")
+    differences({name: gains(args, name) for name in BASELINES}, "gain")
 
 
 def brevity(args: Args) -> None:
