@@ -109,7 +109,7 @@ def test_every_command_parses_and_reads_what_another_wrote(name, tmp_path, monke
     if name == "judge":
         assert "| nothing | 1.000 ± 0.000 | -3.000 ± 0.000 | 0.500 ± 0.000 | 0.000 ± 0.000 |" in out
     if name == "imdb":
-        assert "| ppo | 0.000 ± 0.000 | 1.000 ± 0.000 | 0.250 ± 0.000 |" in out
+        assert "| ppo | 0.000 ± 0.000 | 1.000 ± 0.000 | 1.000 ± 0.000 | +1.000, +1.000, +1.000 | 0.250 ± 0.000 |" in out
         assert "| of 15 differences, the clearest | positive after |" in out
         assert "- ppo | 0.000 ± 0.000 | 1.000 |" in out
         learn, unseen = (run.read(tmp_path / f"out/imdb/{part}.jsonl") for part in ("prompts", "held_out"))

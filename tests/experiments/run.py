@@ -348,9 +348,11 @@ def imdb(args: Args) -> None:
             held_out = [line for line in lines if line["split"] == "held_out"]
             steps = sorted({line["step"] for line in held_out})
             shares.append([mean(line["reward"] > 0 for line in held_out if line["step"] == step) for step in steps])
-        rows.append([name, *(estimate(share) for share in zip(*shares)), *learning(args, name)])
+        rises = [after - before for before, after in shares]
+        cells = [*map(estimate, zip(*shares)), estimate(rises), ", ".join(f"{rise:+.3f}" for rise in rises)]
+        rows.append([name, *cells, *learning(args, name)])
         positive[name] = [after for _, after in shares]
-    show(["run", "positive before", "after", *LEARNING], rows)
+    show(["run", "positive before", "after", "gain", "of each seed", *LEARNING], rows)
     differences(positive, "positive after")
 
 
