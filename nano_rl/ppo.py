@@ -17,7 +17,7 @@ V starts at the held-out reward, or as --value-model, and the first steps train 
 its own guesses (2503.01491). In a step's first update every ρ is 1; later, (6) is flat in a ρ that A drives past 1 ± ε.
 
 N completions, each of its own prompt, over all processes, but in (6) and (7) those of one minibatch; n in one process
-or part; P prompt tokens, T completion tokens, H numbers in a hidden state; of logits V is words. π is at --temperature.
+or part; P prompt tokens, T completion tokens, H numbers in a hidden state; in shapes V is words. π is at --temperature.
 
     for each step:
         1. sample      N completions from π_θ

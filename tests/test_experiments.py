@@ -145,7 +145,7 @@ def test_differences_are_as_rare_as_they_are(capsys):
     run.differences({"a": [2.0, 5.0, 9.0], "b": [1.0, 1.0, 5.0]})
     _, _, row = capsys.readouterr().out.splitlines()
     name, gap, p = row.strip("| ").split(" | ")
-    assert (name, gap) == ("a - b", "3.000 ± 1.000") and float(p) == pytest.approx(2 / 8, abs=0.02)
+    assert (name, gap) == ("a - b", "3.000 ± 1.000") and float(p) == 2 / 8
     noise = torch.randn(7, 6, generator=torch.Generator().manual_seed(0)).tolist()
     files = dict(zip("abcdefg", noise))
     run.differences(files | {"g": [99 + x for x in noise[6]]})
@@ -156,6 +156,12 @@ def test_differences_are_as_rare_as_they_are(capsys):
     assert all(float(row.split()[-2]) > 0.05 for row in rows)
     run.differences({name: values[:1] for name, values in files.items()})
     assert capsys.readouterr().out == "", "one seed tells nothing"
+
+
+def test_what_stands_beside_trl_has_no_flags(tmp_path):
+    with pytest.raises(SystemExit, match="trl takes no --flags"):
+        run.main(run.Args("trl", output_dir=tmp_path, flags="--num-steps 5"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wide_file_hides_no_difference_of_others(capsys):

@@ -233,13 +233,18 @@ def differences(values: dict[str, list[float]], measure: str = "") -> None:
     """
     if len(next(iter(values.values()))) == 1:
         return
-    table, chance = torch.tensor(list(values.values()), dtype=torch.float64), torch.Generator().manual_seed(0)
-    orders = torch.rand(10_000, *table.shape, generator=chance).argsort(dim=1)  # (10000, files, seeds)
-    orders[0] = torch.arange(len(table))[:, None]  # as they are
-    relabeled = table.expand(len(orders), -1, -1).gather(1, orders)
+    table = torch.tensor(list(values.values()), dtype=torch.float64)  # (files, seeds)
+    num_files, num_seeds = table.shape
+    if math.factorial(num_files) ** num_seeds <= 100_000:  # all, as they are first
+        of_a_seed = itertools.permutations(range(num_files))
+        orders = torch.tensor(list(itertools.product(of_a_seed, repeat=num_seeds))).transpose(1, 2)
+    else:
+        orders = torch.rand(10_000, *table.shape, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+        orders[0] = torch.arange(num_files)[:, None]  # as they are
+    relabeled = table.expand(len(orders), -1, -1).gather(1, orders)  # (orders, files, seeds)
     t = {}
     for (i, one), (j, other) in itertools.combinations(enumerate(values), 2):
-        gaps = relabeled[:, i] - relabeled[:, j]  # (10000, seeds)
+        gaps = relabeled[:, i] - relabeled[:, j]  # (orders, seeds)
         error = gaps.std(dim=1) / math.sqrt(gaps.shape[1])
         t[one, other] = gaps.mean(dim=1).abs() / (error + 1e-9)  # 1e-9: of no difference t is 0
     largest, rows = torch.stack(list(t.values())).amax(dim=0), []
