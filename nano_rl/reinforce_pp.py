@@ -137,6 +137,8 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
     run = Run(args, reward_fn)
     args = run.args  # complete; with --resume, those of that run
     num_completions = run.num_processes * args.batch_size  # N
+    if num_completions == 1:
+        raise InputError("--batch-size 1: needs two completions or more, one is its own mean")
     reward_fn = reward_fn or load_reward_fn(args, run.device)
     policy, ref_policy, tokenizer = load_policy(args, run.device)
     prompts, eval_prompts = load_prompts(args, tokenizer, policy)
@@ -158,11 +160,13 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
         rewards, _ = score(run, reward_fn, examples, batch, completions)  # (n,)
         batch["kl"] = torch.zeros(batch["mask"].shape, device=run.device)  # (n, T), log π_θ - log π_ref
         if args.kl_coef:
-            batch["kl"] = score_logprobs(policy, batch, args) - score_logprobs(ref_policy, batch, args)
+            batch["ref_logprobs"] = score_logprobs(ref_policy, batch, args)  # (n, T)
+            batch["kl"] = score_logprobs(policy, batch, args) - batch["ref_logprobs"]
 
         # 3. advantages
         returns = compute_returns(rewards.float().to(run.device), batch["kl"], args.kl_coef)  # (n, T)
-        batch["advantages"] = compute_advantages(returns, run.gather(returns[batch["mask"].bool()].double()))  # (n, T)
+        advantages = compute_advantages(returns, run.gather(returns[batch["mask"].bool()].double()))  # (n, T)
+        batch["advantages"] = advantages.float().to(run.device)
 
         # 4. update
         del sampler  # which makes room for the gradients

@@ -243,6 +243,12 @@ def test_equal_returns_have_no_advantage(model, tmp_path, monkeypatch):
     assert seen and not any(advantages.any() for advantages in seen) and read(folder)[1]["grad_norm"] == 0
 
 
+def test_one_completion_is_its_own_mean(model, tmp_path):
+    with pytest.raises(reinforce_pp.InputError, match="--batch-size 1: needs two completions or more"):
+        train(reinforce_pp, model, tmp_path / "run", batch_size=1, num_steps=1, eval_every=0)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("group_size", [2, 3])
 def test_maxrl_is_the_series_of_log_p_up_to_the_group_size_less_one(on_policy, group_size):
     """E[∇L] = -∇p Σ_{k<G} (1-p)^(k-1): exactly RLOO's at G = 2, and nearer to ∇ log p with each completion more."""
