@@ -12,8 +12,8 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> str:
     """The folder of a tiny random policy; beside it stands another, `teacher`."""
-    from tiny import save_policy  # torch takes seconds, and what starts the workers needs none
+    from tiny import llama_config, save_policy  # torch takes seconds, and what starts the workers needs none
 
     folder = tmp_path_factory.mktemp("model")
     save_policy(folder / "teacher", seed=5)
-    return save_policy(folder / "llama")
+    return save_policy(folder / "llama", llama_config(27, attention_dropout=0.5))  # which no run may have on

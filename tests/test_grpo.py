@@ -92,6 +92,20 @@ def test_the_expected_gradient_is_that_of_the_stated_objective(off_policy, kl_co
     torch.testing.assert_close(gradient(ours, policy), gradient(truth, policy), atol=1e-9, rtol=0)
 
 
+def test_the_kl_in_the_loss_has_the_gradient_of_kl_of_ref_and_policy():
+    """Of one token, on policy, as the docstring says; and not of the KL that RLOO's reward pays for (pitfall 22)."""
+    policy, ref_policy = (float64(make_policy(llama_config(5), seed)) for seed in (0, 7))
+    batch = as_batch([2, 4], [[token] for token in range(5)], pad=1)
+    logprobs = grpo.compute_logprobs(policy, batch, 0.6)
+    with torch.no_grad():
+        ref_logprobs = grpo.compute_logprobs(ref_policy, batch, 0.6)
+    ours = gradient((logprobs.detach().exp() * grpo.compute_kl(logprobs, ref_logprobs)).sum(), policy)
+    truth = gradient((ref_logprobs.exp() * (ref_logprobs - logprobs)).sum(), policy)  # KL(π_ref, π_θ)
+    other = gradient((logprobs.exp() * (logprobs - ref_logprobs)).sum(), policy)  # KL(π_θ, π_ref)
+    torch.testing.assert_close(ours, truth, atol=1e-9, rtol=0)
+    assert (other - truth).norm() > 1e-2
+
+
 def test_the_first_update_is_on_policy(model, tmp_path, monkeypatch):
     """The ratio is identically 1 and the KL 0; with a second update the ratio leaves 1 (pitfalls 7, 12, 32)."""
     scored, ratios, kls = [], [], []

@@ -639,7 +639,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(model, prompts, tmp_path):
 def test_adapters_are_trained_and_merged(model, prompts, tmp_path):
     folder = train(model, tmp_path / "run", prompts, lora_rank=2, learning_rate=0.02, num_steps=2)
     start = multi_turn.transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
-    assert read(folder)[2]["grad_norm"] > 0 and not same(weights(folder), start)
+    assert weights(folder).keys() == start.keys() and not same(weights(folder), start)
 
 
 def test_a_copied_file_trains(model, tmp_path):

@@ -58,8 +58,8 @@ def bfloat16(request, monkeypatch, float32) -> bool:
     return request.param
 
 
-def make_sampler(config, tokenizer=None, seed: int = 0, double: bool = False, **args):
-    policy = make_policy(config, seed)
+def make_sampler(config, tokenizer=None, double: bool = False, **args):
+    policy = make_policy(config)
     sampler = reinforce.make_sampler(policy, tokenizer or make_tokenizer(), reinforce.Args(**args))
     return policy, float64(sampler) if double else sampler
 
@@ -67,7 +67,7 @@ def make_sampler(config, tokenizer=None, seed: int = 0, double: bool = False, **
 @pytest.mark.parametrize("config", [llama_config, gpt2_config])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_those_of_stepwise_generation(config, temperature):
-    """Teacher forcing one padded batch, against the logits that `generate` saw token by token (pitfalls 2, 5, 6)."""
+    """Teacher forcing one padded batch, against a pass without padding over every beginning (pitfalls 5, 6)."""
     _, sampler = make_sampler(config(25), double=True, max_new_tokens=6)
     prompts = make_examples([3, 5, 7], [4, 9], [8, 10, 11, 12, 6])
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def test_micro_batches_are_sorted():
     batch |= {"rows": torch.arange(19), "terminated": torch.arange(19) % 2 == 0}
     parts = list(reinforce.micro_batches(batch, 50))
     rows = [part["rows"].tolist() for part in parts]
-    assert rows == [[3, 4, 5, 6, 7], [8, 9, 10, 11, 12], [13, 14, 15, 16, 17], [18, 0, 1, 2]] and all(map(len, parts))
+    assert rows == [[3, 4, 5, 6, 7], [8, 9, 10, 11, 12], [13, 14, 15, 16, 17], [18, 0, 1, 2]]
     for part in parts:
         assert torch.equal(part["terminated"], part["rows"] % 2 == 0)
         assert part["input_ids"].shape == part["attention_mask"].shape == (len(part["rows"]), 10)
@@ -291,7 +291,7 @@ def test_greedy_samples_are_deterministic_and_as_long():
 
 
 def test_a_chat_template_brings_its_own_bos():
-    """BOS once, with the template and without (pitfall 14)."""
+    """It stands once, with the template and without (pitfall 14)."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer()
@@ -301,10 +301,7 @@ def test_a_chat_template_brings_its_own_bos():
     for chat in (True, False):
         args = reinforce.Args(chat_template=chat, max_new_tokens=8)
         examples, _ = reinforce.load_prompts(args, tokenizer, make_policy(llama_config(25)))
-        ids = tokenizer("the sea").input_ids
-        assert ids[0] == 2
-        prompt_ids = examples[0]["prompt_ids"]
-        assert prompt_ids[0] == 2 and (prompt_ids[1] == 3) == chat
+        assert examples[0]["prompt_ids"][:3] == ([2, 3, 2] if chat else [2, 2, 7])  # "Write", unknown, is 2, too
 
 
 @pytest.mark.parametrize("num_labels", [1, 4])

@@ -276,6 +276,6 @@ def test_one_token_is_whitened_to_zero(model, tmp_path):
 
 @pytest.mark.parametrize("flags", [{"num_minibatches": 3}, {"gae_lambda": 1.5}, {"gamma": 1.1}])
 def test_numbers_that_cannot_be(model, tmp_path, flags):
-    with pytest.raises(ppo.InputError, match="--"):
+    with pytest.raises(ppo.InputError, match="must divide --batch-size, --gamma and --gae-lambda be at most 1"):
         run(model, tmp_path / "run", **flags)
     assert not (tmp_path / "run").exists()
