@@ -63,7 +63,7 @@ SHAPES = {  # of models with random weights
 
 @dataclass
 class Args:
-    algorithms: tuple[str, ...] = ("rloo", "grpo")  # of both; with --memory, any files
+    algorithms: tuple[str, ...] = ("rloo", "grpo")  # of both; with --memory, also the others that need no teacher
     completions: tuple[int, ...] = (16,)  # completions a step, each a size of its own
     lengths: tuple[int, ...] = (64,)  # tokens of a completion, each a size of its own
     rounds: int = 1  # turns of each

@@ -18,8 +18,9 @@ FOLDER holds train.jsonl and test.jsonl: for preferences {"prompt", "chosen", "r
 package alpaca_eval carries; for imdb {"text", "label"}, stanfordnlp/imdb on the hub, shuffled;
 for turns {"question", "answer"}, GSM8K.
 
-The pictures are by uv run --with matplotlib -m nano_rl.compare --plot FILE.svg --runs, with --x kl over the KL, and
-then tests/experiments/logs/{reinforce,rloo,remax,raft,grpo,ppo}-? or, there too, {reinforce,baselines-*}-?.
+The pictures are by uv run --with matplotlib -m nano_rl.compare --plot FILE.svg --runs and, in tests/experiments/logs,
+{reinforce,rloo,remax,raft,grpo,ppo}-? or {reinforce,baselines-*}-?; the one over the KL is with --x kl, and has the
+first of these and {first-kl-0.01,trl-rloo,trl-grpo}-?.
 
 Each run is a process with its share of the cores, --workers at a time, and leaves its policy, 0.5 GB. One that is done
 is not repeated, so that an experiment that was stopped goes on. A ± is a standard error over seeds, that of a held-out
@@ -70,7 +71,7 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     workers: int = 2  # runs at a time
     output_dir: Path = Path("runs/experiments")  # what is in it already is not run again
-    flags: str = ""  # more flags for every run that has a seed of its own, as in --flags="--num-steps 2"
+    flags: str = ""  # more flags for every run of a seed, as --flags="--num-steps 2"; not for trl, imdb, distill
     logs: Path | None = None  # folder for the config.json and metrics.jsonl of every run, as tests/experiments/logs
 
 
@@ -227,32 +228,24 @@ def gains(args: Args, name: str) -> list[float]:
 def differences(values: dict[str, list[float]], measure: str = "") -> None:
     """Of each pair of files, paired by seed, and how often chance alone makes one as clear between any two.
 
-    If all files learn alike, a seed's values may as well stand under other names (Tukey 1953, by randomization). p
-    counts relabelings in which the largest |t|, a mean over its standard error, is at least this one's, so it is
-    corrected for the number of pairs. One seed tells nothing.
+    If two files learn alike, each of their differences may as well have the other sign. All pairs' turn together in a
+    seed (Westfall and Young 1993): p is the share of the 2^seeds ways to turn them in which the largest |t|, a mean
+    over its standard error, is at least this pair's. So it is corrected for the number of pairs, whether other files
+    differ or not, and at least 2 / 2^seeds. One seed tells nothing.
     """
-    if len(next(iter(values.values()))) == 1:
+    num_seeds = len(next(iter(values.values())))
+    if num_seeds == 1:
         return
-    table = torch.tensor(list(values.values()), dtype=torch.float64)  # (files, seeds)
-    num_files, num_seeds = table.shape
-    if math.factorial(num_files) ** num_seeds <= 100_000:  # all, as they are first
-        of_a_seed = itertools.permutations(range(num_files))
-        orders = torch.tensor(list(itertools.product(of_a_seed, repeat=num_seeds))).transpose(1, 2)
-    else:
-        orders = torch.rand(10_000, *table.shape, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
-        orders[0] = torch.arange(num_files)[:, None]  # as they are
-    relabeled = table.expand(len(orders), -1, -1).gather(1, orders)  # (orders, files, seeds)
-    t = {}
-    for (i, one), (j, other) in itertools.combinations(enumerate(values), 2):
-        gaps = relabeled[:, i] - relabeled[:, j]  # (orders, seeds)
-        error = gaps.std(dim=1) / math.sqrt(gaps.shape[1])
-        t[one, other] = gaps.mean(dim=1).abs() / (error + 1e-9)  # 1e-9: of no difference t is 0
-    largest, rows = torch.stack(list(t.values())).amax(dim=0), []
-    for (one, other), of_pair in sorted(t.items(), key=lambda pair: -pair[1][0]):
-        p = (largest >= of_pair[0] - 1e-9).double().mean().item()
-        gaps = [x - y for x, y in zip(values[one], values[other], strict=True)]
-        rows.append([f"{one} - {other}", estimate(gaps), f"{p:.3f}" if p >= 0.001 else "< 0.001"])
-    show([f"of {len(rows)} differences, the clearest", measure, "p, corrected"], rows[:6])
+    pairs = {f"{a} - {b}": (values[a], values[b]) for a, b in itertools.combinations(values, 2)}
+    gaps = {name: [x - y for x, y in zip(*pair, strict=True)] for name, pair in pairs.items()}
+    signs = torch.tensor(list(itertools.product([1.0, -1.0], repeat=num_seeds))).double()  # (ways, seeds), 0: as seen
+    turned = signs[:, None] * torch.tensor(list(gaps.values())).double()  # (ways, pairs, seeds)
+    error = turned.std(dim=2) / math.sqrt(num_seeds)
+    t = turned.mean(dim=2).abs() / (error + 1e-9)  # (ways, pairs); 1e-9: of no difference t is 0
+    p = (t.amax(dim=1, keepdim=True) >= t[0] * (1 - 1e-9)).double().mean(dim=0).tolist()  # (pairs,)
+    clearest = sorted(zip(t[0].tolist(), gaps, p), key=lambda row: -row[0])[:6]
+    rows = [[name, estimate(gaps[name]), f"{p:.3f}"] for _, name, p in clearest]
+    show([f"of {len(gaps)} differences, the clearest", measure, "p, corrected"], rows)
 
 
 def examples(args: Args, name: str) -> None:
@@ -292,8 +285,6 @@ def train_trl(args: Args, jobs: dict[str, str]) -> list[str]:
 
 def trl(args: Args) -> None:
     """TRL's two trainers, given the same budget, and their gains beside the ladder's, from the logs that are kept."""
-    if args.flags:
-        sys.exit("trl takes no --flags: the logs beside which its runs are put have none")
     logs = replace(args, output_dir=Path(__file__).parent / "logs")
     ours = {name: gains(logs, name) for name in LADDER}
     theirs = train_trl(args, {"trl-rloo": "rloo", "trl-grpo": "grpo"})
@@ -375,7 +366,7 @@ def sums(args: Args) -> None:
     learn, test = questions.write(questions.Args(output_dir=str(args.output_dir)))
     task = f"--prompts {learn} --reward-fn nano_rl.sums:correct --max-new-tokens 32 --eval-every 0 --num-steps 10"
     task += " --learning-rate 2e-5"
-    files = [file for file in LADDER + VARIANTS if file != "raft"]  # which has no one best among equals
+    files = [file for file in LADDER + VARIANTS if file != "raft"]  # which would train the first of equals
     train_seeds(args, {file: f"{file} {task}" for file in files})
     trained = files + train_trl(args, {f"trl-{loss}": f"grpo {task} --loss-type {loss}" for loss in GRPO_LOSSES})
     names = [f"{name}-{seed}" for name in trained for seed in args.seeds]
@@ -654,6 +645,8 @@ def keep_logs(args: Args) -> None:
 def main(args: Args) -> None:
     if args.experiment in ("preferences", "imdb", "turns") and not args.data:
         sys.exit(f"{args.experiment} needs --data, a folder of train.jsonl and test.jsonl")
+    if args.flags and args.experiment in ("trl", "imdb", "distill"):
+        sys.exit(f"{args.experiment} takes no --flags: its tables are of runs without")
     args.output_dir /= args.experiment
     globals()[args.experiment](args)
     if args.logs:
