@@ -174,7 +174,7 @@ def compare_policies(args: Args) -> Path:
     folder = Path(args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-compare")
     if any(folder.glob("*")) or folder.is_file():
         raise InputError(f"--output-dir {folder} is not empty: choose another")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=bool(args.output_dir))  # one of the same second is another's
     device = Accelerator(cpu=torch.backends.mps.is_available()).device  # a Mac's GPU has no float64
     reward_fn = reinforce.load_reward_fn(args, device)
     loop = asyncio.Runner()  # of all calls of an async reward function, as in a run
@@ -240,13 +240,13 @@ def group_runs(folders: list[Path], metric: str, x: str) -> dict[str, list[dict[
         is_run = all((folder / name).is_file() for name in ("config.json", "metrics.jsonl"))
         config, curve = read_run(folder, metric, x) if is_run else ({}, {})
         if not curve:
-            print(f"left out {folder}: not a run, or one without {metric} as yet", file=sys.stderr)
+            print(f"left out {folder}: not a run with {metric}{' and eval/kl' * (x == 'kl')} as yet", file=sys.stderr)
             continue
         settings = {"in": str(folder.parent)} | {n: config[n] for n in sorted(config) if n not in SAME_CURVE}
         seed, seeds = config.get("seed"), groups.setdefault(json.dumps(settings), {})
         if seed in seeds:  # twice the same run is not two that agree
             print(f"{folder}: arguments and seed of another run; the longer one is taken", file=sys.stderr)
-        seeds[seed] = max(seeds.get(seed, {}), curve, key=len)
+        seeds[seed] = max(seeds.get(seed, {}), curve, key=lambda of_run: max(of_run, default=-1))
     named, keys = {}, [json.loads(key) for key in groups]
     for settings, seeds in zip(keys, groups.values()):
         alike = [other for other in keys if other.get("algorithm") == settings.get("algorithm")]
@@ -274,7 +274,7 @@ def draw(path: Path, curves: dict[str, dict[int, tuple]], runs: dict[str, list[d
             color, line = colors[index % len(colors)], ["-", "--", ":"][index // len(colors) % 3]
             marker = "os^Dv*"[index % len(colors)]  # for those who do not tell the colours apart
             look = {"color": color, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 2, "capsize": 3}
-            axes.errorbar(x, means, [error or 0 for error in errors], label=name, **look)
+            axes.errorbar(x, means, [math.nan if e is None else e for e in errors], label=name, **look)
             if labels[0] == "kl":
                 axes.scatter(*zip(*[point for run in group for point in run.values()]), color=color, s=6)
         axes.legend(frameon=False)
@@ -286,7 +286,7 @@ def compare_runs(args: Args) -> None:
         raise InputError(f"--plot {args.plot}: must end in .svg or .png, in a folder that exists")
     groups = group_runs([Path(folder) for folder in args.runs], args.metric, args.x)
     if not groups:
-        raise InputError(f"--runs: give folders of runs whose metrics.jsonl has {args.metric}, or another --metric")
+        raise InputError(f"--runs: none has {args.metric}{' and eval/kl' * (args.x == 'kl')}: give others, or --metric")
     curves = {}
     for name, runs in groups.items():
         points = {}

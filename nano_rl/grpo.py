@@ -523,7 +523,7 @@ class Run:
         files = [Path(v).read_bytes() for v in asdict(self.args).values() if isinstance(v, str) and Path(v).is_file()]
         found = [Path(__file__).stem, bool(own), self.num_processes, *(hashlib.sha256(f).hexdigest() for f in files)]
         if self.state.setdefault("found", found) != found or self.args.num_steps < self.state["step"]:
-            raise InputError(f"--resume: other file, prompts, reward_fn, processes or under {self.state['step']} steps")
+            raise InputError(f"--resume: other script, files, reward_fn, processes or under {self.state['step']} steps")
 
     def resume(self, args: Args) -> Args:
         """Reads the checkpoint, and returns the arguments of its run."""

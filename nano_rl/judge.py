@@ -60,7 +60,7 @@ def judge(prompts: list, completions: list, questions: str, values: dict[str, fl
     """The expected value of the judge's answer, one of the words in `values`, as a mean over the questions."""
     load_dotenv()
     name = os.environ.get("JUDGE_MODEL", "").strip() or MODEL
-    asked = os.environ.get("JUDGE_QUESTIONS", "").strip() or questions
+    asked = os.environ.get("JUDGE_QUESTIONS", "").strip("| ") or questions
     model, tokenizer = load_judge(name)
     frames = [make_frame(name, q.strip(), tuple(values)) for q in asked.split("|") if q.strip()]
     texts = []  # of each completion with each question

@@ -368,6 +368,14 @@ def test_bad_input(model, tmp_path):
     assert message == f"--output-dir {tmp_path / 'full' / 'file'} is not empty: choose another"
 
 
+def test_two_comparisons_of_one_second_do_not_share_a_folder(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare.time, "strftime", lambda _: "now")
+    (tmp_path / "runs/now-compare").mkdir(parents=True)  # the first one writes only at its end
+    with pytest.raises(FileExistsError, match="runs/now-compare"):
+        compare.main(compare.Args(policies=(model, model), **TINY))
+
+
 # ---- Runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -409,7 +417,7 @@ def test_runs(tmp_path, capsys):
     ]
     assert out.startswith("eval/reward: mean ± standard error over the runs")
     assert err.splitlines() == [
-        f"left out {folder}: not a run, or one without eval/reward as yet"
+        f"left out {folder}: not a run with eval/reward as yet"
         for folder in (tmp_path / "no-such-run", tmp_path / "comparison", other)
     ]
 
@@ -421,15 +429,18 @@ def test_the_reward_over_the_kl(tmp_path, capsys):
     compare.main(compare.Args(runs=tuple(runs), x="kl"))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     assert [row.split() for row in rows] == ["| 1 | 0.700 ± 0.100 at KL 1.50 |".split()]
+    with pytest.raises(compare.InputError, match="none has eval/reward and eval/kl: give others, or --metric"):
+        compare.main(compare.Args(runs=(write_run(tmp_path / "sft", {0: 0.5}),), x="kl"))
 
 
 def test_the_same_run_twice_is_one_run(tmp_path, capsys):
-    short = write_run(tmp_path / "20250101-000000-rloo", {0: 0.5}, algorithm="rloo")
-    long = write_run(tmp_path / "20250101-000001-rloo", {0: 0.5, 1: 0.75}, algorithm="rloo")
+    """The longer one has more steps, not more evaluations."""
+    short = write_run(tmp_path / "20250101-000000-rloo", {0: 0.5, 1: 0.25, 2: 0.5}, algorithm="rloo")
+    long = write_run(tmp_path / "20250101-000001-rloo", {0: 0.5, 4: 0.75}, algorithm="rloo")
     for runs in (short, long), (long, short):
         compare.main(compare.Args(runs=runs))
         out, err = capsys.readouterr()
-        assert "rloo (1)" in out and "| 1    | 0.750 " in out
+        assert "rloo (1)" in out and "| 4    | 0.750 " in out and "| 1 " not in out
         assert err == f"{runs[1]}: arguments and seed of another run; the longer one is taken\n"
 
 
@@ -456,7 +467,7 @@ def test_another_metric(tmp_path, capsys):
     compare.main(compare.Args(runs=(folder,), metric="kl"))
     out = capsys.readouterr().out
     assert "| 1    | 0.250 " in out and "| 2    | 0.000 " in out and "| 0 " not in out
-    assert "give folders of runs whose metrics.jsonl has no, or another" in refused(runs=(folder,), metric="no")
+    assert refused(runs=(folder,), metric="no") == "--runs: none has no: give others, or --metric"
 
 
 @pytest.mark.parametrize(
@@ -477,11 +488,12 @@ def test_a_config_that_cannot_be_read(tmp_path):
 
 @pytest.mark.parametrize("x", ["step", "kl"])
 def test_the_picture(tmp_path, monkeypatch, x):
-    """Of two seeds their mean, its error and, over the KL, each point."""
+    """Of two seeds their mean, its error and, over the KL, each point; of one seed no error, which is not one of 0."""
     axes, drawn, points = importlib.import_module("matplotlib.axes").Axes, [], []
     errorbar, scatter = axes.errorbar, axes.scatter
     runs = [write_run(tmp_path / f"{seed}", {0: 0.5}, seed=seed, algorithm="rloo") for seed in (0, 1)]
-    for seed, folder in enumerate(runs):
+    runs += [write_run(tmp_path / "alone", {0: 0.5}, algorithm="grpo")]
+    for seed, folder in enumerate(runs[:2]):
         rows = [{"step": 0, "eval/reward": 0.5, "eval/kl": 0}]
         rows += [{"step": 2, "eval/reward": 0.6 + seed / 5, "eval/kl": 2 + 2 * seed}]
         (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -494,7 +506,8 @@ def test_the_picture(tmp_path, monkeypatch, x):
     monkeypatch.setattr(axes, "scatter", lambda self, *xy, **look: points.append(xy) or scatter(self, *xy, **look))
     compare.main(compare.Args(runs=tuple(runs), x=x, plot=str(tmp_path / "curves.svg")))
     means = pytest.approx([0.5, 0.7]), pytest.approx([0, 0.1])
-    assert drawn == [("rloo (2)", [0, 2] if x == "step" else [0, 3], *means)]
+    assert drawn[0] == ("rloo (2)", [0, 2] if x == "step" else [0, 3], *means)
+    assert x == "kl" or drawn[1] == ("grpo (1)", [0], [0.5], pytest.approx([math.nan], nan_ok=True))
     assert points == ([] if x == "step" else [((0, 2, 0, 4), (0.5, 0.6, 0.5, 0.8))])
     assert ">rloo (2)<" in (tmp_path / "curves.svg").read_text()
 

@@ -233,30 +233,28 @@ class Later:
 
 
 @pytest.mark.parametrize(
-    "reward_fn",
+    "reward_fn, expected",
     [
-        lambda completion_ids, **_: [float(len(ids)) for ids in completion_ids],
-        lambda completions, trainer_state, **_: (
-            [trainer_state.global_step / trainer_state.max_steps] * len(completions)
-        ),
-        lambda completions, log_metric, log_extra, **_: log_metric("a", 1.0) or log_extra("b", completions) or [0, 1],
-        lambda completions, **_: (float(len(text)) for text in completions),
-        lambda completions, **_: map(len, completions),
-        lambda completions, **_: np.array([1, 2]),
-        lambda completions, **_: {0: "x", 1: "y"}.keys(),
-        later,
-        Later(),
+        (lambda completion_ids, **_: [float(len(ids)) for ids in completion_ids], [1, 1]),
+        (lambda trainer_state, **_: [trainer_state.global_step, trainer_state.max_steps], [0, 3]),
+        (lambda log_metric, log_extra, **_: log_metric("a", 1.0) or log_extra("b", ["c", "d"]) or [0, 1], [0, 1]),
+        (lambda completions, **_: (float(len(text)) for text in completions), [1, 2]),
+        (lambda completions, **_: map(len, completions), [1, 2]),
+        (lambda completions, **_: np.array([1, 2]), [1, 2]),
+        (lambda completions, **_: {0: "x", 1: "y"}.keys(), [0, 1]),
+        (later, [1, 2]),
+        (Later(), [1, 2]),
     ],
     ids="ids state logs generator map array keys async async-object".split(),
 )
-def test_4_reward_functions_are_called_as_trl_calls_them(reward_fn):
+def test_4_reward_functions_are_called_as_trl_calls_them(reward_fn, expected):
     """In a thread of its own loop or in a running one, as a notebook's is."""
     rewards, _ = score(reinforce, reward_fn, ["x", "yy"])
 
     async def notebook():
         return score(reinforce, reward_fn, ["x", "yy"])[0]
 
-    assert rewards.tolist() == asyncio.run(notebook()).tolist() and len(rewards) == 2
+    assert rewards.tolist() == asyncio.run(notebook()).tolist() == expected
 
 
 def test_4_all_calls_of_a_run_have_one_event_loop(model, tmp_path):
@@ -497,7 +495,7 @@ def test_what_diverges_before_rl_is_not_saved(model, tmp_path, file):
 
 
 # ---- 11 to 19 -------------------------------------------------------------------------------------------------------
-def test_11_what_is_shown_cannot_end_a_run(model, tmp_path, monkeypatch):
+def test_11_what_is_shown_cannot_end_a_run(tmp_path, monkeypatch):
     """The kind: something for the eye alone (an encoding, a closed pipe, a full disk behind the screen) raises."""
 
     class Broken:
@@ -601,7 +599,7 @@ def test_15_a_resumed_run_finds_the_prompts_and_processes_that_it_began_with(mod
         folder = run(model, tmp_path / flag, num_steps=1, eval_every=0, **{flag: file})
         with open(file, "a") as lines:
             lines.write('{"prompt": "d"}\n')
-        with pytest.raises(reinforce.InputError, match="--resume: other file, prompts, reward_fn, processes"):
+        with pytest.raises(reinforce.InputError, match="--resume: other script, files, reward_fn, processes"):
             reinforce.train(reinforce.Args(resume=str(folder), num_steps=2))
         prompts_file(Path(file), "a", "b", "the sea", "c")
         reinforce.train(reinforce.Args(resume=str(folder), num_steps=2))

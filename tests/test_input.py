@@ -86,8 +86,9 @@ def test_a_failed_start_leaves_no_trace(model, tmp_path):
     """Whatever is wrong, it is said before the folder is made."""
     wrong = [("model", "none/none"), ("prompts", "none.jsonl"), ("reward_fn", "none:f"), ("reward_model", model)]
     for name, value in wrong:
-        with pytest.raises(reinforce.InputError):
-            reinforce.train(reinforce.Args(**{"model": model, "output_dir": str(tmp_path / "run"), name: value}))
+        options = TINY | {"model": model, "output_dir": str(tmp_path / "run"), name: value}
+        with pytest.raises(reinforce.InputError, match=value):
+            reinforce.train(reinforce.Args(**options))
         assert not (tmp_path / "run").exists()
 
 
@@ -306,7 +307,7 @@ def test_resume_of_another_algorithms_run(model, tmp_path):
         rloo.train(rloo.Args(resume=str(folder)))
     args = TINY | {"num_steps": 1, "eval_every": 0, "model": model, "output_dir": str(tmp_path / "grpo")}
     grpo.train(grpo.Args(**args))
-    with pytest.raises(dr_grpo.InputError, match="--resume: other file"):  # their flags have the same names
+    with pytest.raises(dr_grpo.InputError, match="--resume: other script"):  # their flags have the same names
         dr_grpo.train(dr_grpo.Args(resume=str(tmp_path / "grpo"), num_steps=2))
 
 

@@ -26,7 +26,7 @@ def save_judge(folder, tokenizer=None, config=llama_config) -> str:
 def name(tmp_path, monkeypatch) -> str:
     """The folder of a tiny judge, which the environment names."""
     monkeypatch.setenv("JUDGE_MODEL", save_judge(tmp_path / "judge"))
-    monkeypatch.setenv("JUDGE_QUESTIONS", "")  # the file's own, whatever .env says
+    monkeypatch.setenv("JUDGE_QUESTIONS", " | ")  # none, so the file's own, whatever .env says
     return str(tmp_path / "judge")
 
 

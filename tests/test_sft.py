@@ -551,7 +551,7 @@ def test_rows_that_grew_are_not_resumed(model, tmp_path):
     """Their last tenth would be others."""
     folder = run(model, tmp_path / "run")
     write(tmp_path / "run.jsonl", ROWS + TEXTS)
-    with pytest.raises(sft.InputError, match="--resume: other file"):
+    with pytest.raises(sft.InputError, match="--resume: other script"):
         sft.train(sft.Args(resume=str(folder), num_steps=5))
 
 
