@@ -174,7 +174,7 @@ def compare_policies(args: Args) -> Path:
     folder = Path(args.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-compare")
     if any(folder.glob("*")) or folder.is_file():
         raise InputError(f"--output-dir {folder} is not empty: choose another")
-    folder.mkdir(parents=True, exist_ok=bool(args.output_dir))  # one of the same second is another's
+    folder.mkdir(parents=True, exist_ok=bool(args.output_dir))  # one of this second is another comparison's
     device = Accelerator(cpu=torch.backends.mps.is_available()).device  # a Mac's GPU has no float64
     reward_fn = reinforce.load_reward_fn(args, device)
     loop = asyncio.Runner()  # of all calls of an async reward function, as in a run

@@ -164,8 +164,8 @@ def train(args: Args, reward_fn: Callable[..., list] | None = None) -> Path:
             batch["kl"] = score_logprobs(policy, batch, args) - batch["ref_logprobs"]
 
         # 3. advantages
-        returns = compute_returns(rewards.float().to(run.device), batch["kl"], args.kl_coef)  # (n, T)
-        advantages = compute_advantages(returns, run.gather(returns[batch["mask"].bool()].double()))  # (n, T)
+        returns = compute_returns(rewards.to(run.device), batch["kl"], args.kl_coef)  # (n, T)
+        advantages = compute_advantages(returns, run.gather(returns[batch["mask"].bool()]))  # (n, T)
         batch["advantages"] = advantages.float().to(run.device)
 
         # 4. update
